@@ -1,0 +1,47 @@
+package adapters
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+)
+
+// Config is what a backend is opened with. Parameters come from the configuration file or a VolumeSnapshotClass; the
+// adapter reads them through Params, which refuses unknown keys.
+type Config struct {
+	Name       string // the backend's name: the first part of its handles
+	Parameters map[string]string
+	Secrets    map[string]Secret
+}
+
+// Secret is a string that never shows: every way of printing or encoding it gives ***. Reveal is the one way to its
+// value, easy to search for.
+type Secret struct{ value string }
+
+// NewSecret wraps a value.
+func NewSecret(value string) Secret { return Secret{value} }
+
+// Reveal returns the secret itself, to be handed to the system it belongs to and to nothing else.
+func (s Secret) Reveal() string { return s.value }
+
+func (s Secret) String() string               { return "***" }
+func (s Secret) GoString() string             { return "***" }
+func (s Secret) Format(f fmt.State, _ rune)   { fmt.Fprint(f, "***") }
+func (s Secret) LogValue() slog.Value         { return slog.StringValue("***") }
+func (s Secret) MarshalText() ([]byte, error) { return []byte("***"), nil }
+
+// Kind is one row of the registry's table: an adapter that can be configured.
+type Kind struct {
+	Name    string // "reflink"; the word in `adapter:`
+	Summary string // one line for `stillpoint adapters`
+	Keys    []Key  // the parameters it takes
+	Open    func(ctx context.Context, c Config) (Adapter, error)
+}
+
+// Key documents one parameter of an adapter.
+type Key struct {
+	Name     string
+	Usage    string // what it means, its unit and its default
+	Required bool
+	Secret   bool // looked for in Secrets instead of Parameters
+}
