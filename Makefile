@@ -1,0 +1,46 @@
+# make           builds bin/stillpoint and bin/stillpoint-freezer
+# make demo      the main job on real filesystems, start to end (root)
+# make check     format, vet, lint and unit tests: minutes, no root
+# make test      every test, on real filesystems and with the race detector (root)
+# make bench     the numbers of the README, against restic, borg and kopia (root)
+# Each installs the Debian packages it needs, and says so. Go 1.26 must be there.
+
+SHELL := /bin/bash
+export PATH := $(PATH):/usr/sbin:/sbin:/usr/local/go/bin
+
+FILESYSTEMS := gcc=gcc mkfs.xfs=xfsprogs mkfs.btrfs=btrfs-progs mkfs.ext4=e2fsprogs losetup=mount fusermount3=fuse3
+PEERS       := restic=restic borg=borgbackup
+STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+VERSION     := $(shell git describe --always --dirty 2>/dev/null || echo development)
+LDFLAGS     := -s -w -X main.version=$(VERSION)
+
+.PHONY: build demo check lint test bench clean
+
+build:
+	@./packages.sh
+	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/...
+
+demo:
+	@./packages.sh $(FILESYSTEMS)
+	@$(MAKE) --no-print-directory build
+	@go run ./integration/demo
+
+check: lint
+	go test -short ./...
+
+lint:
+	@./packages.sh gcc=gcc
+	@unformatted=$$(git ls-files '*.go' | xargs gofmt -l); [ -z "$$unformatted" ] || { echo "gofmt differs in: $$unformatted"; exit 1; }
+	go vet ./...
+	go run $(STATICCHECK) ./...
+
+test: lint
+	@./packages.sh $(FILESYSTEMS)
+	go test -race -timeout 30m ./...
+
+bench: build
+	@./packages.sh $(FILESYSTEMS) $(PEERS)
+	go run ./bench
+
+clean:
+	rm -rf bin

@@ -1,0 +1,199 @@
+// Command stillpoint cuts, compares, backs up and restores volumes of many backends. The commands only parse, call
+// and print; the work is in the packages below agent, adapters and cbt.
+//
+// Exit codes tell what kind of failure it was, as scripts need it:
+//
+//	0  success
+//	1  an unforeseen failure
+//	2  invalid: wrong usage, a malformed handle, a bad configuration
+//	3  not found
+//	4  busy: somebody else holds the volume, the filesystem or the name
+//	5  unsupported: this volume, backend or kernel cannot do that
+//	6  corrupt: data is not what it must be
+//	7  exhausted: space, a quota or a limit
+//	8  unavailable: out of reach for now, try again
+//	9  the cut is void: it lost its freeze and was discarded, try again
+//	130  interrupted
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/spf13/cobra"
+
+	"stillpoint.io/stillpoint/adapters"
+	"stillpoint.io/stillpoint/agent/repository"
+	"stillpoint.io/stillpoint/fault"
+)
+
+func main() {
+	os.Exit(run(os.Args[1:], os.Stdout, os.Stderr))
+}
+
+// run is the whole program, with its exit code.
+func run(args []string, stdout, stderr io.Writer) int {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	a := &app{stdout: stdout, stderr: stderr, open: map[string]adapters.Adapter{}}
+	root := a.rootCommand()
+	root.SetArgs(args)
+	root.SetOut(stdout)
+	root.SetErr(stderr)
+	err := root.ExecuteContext(ctx)
+	err = errors.Join(err, a.close())
+	if err == nil {
+		return 0
+	}
+	fmt.Fprintf(stderr, "stillpoint: %v\n", err)
+	if ctx.Err() != nil {
+		return 130
+	}
+	return exitCode(err)
+}
+
+func exitCode(err error) int {
+	switch fault.KindOf(err) {
+	case fault.Invalid:
+		return 2
+	case fault.NotFound:
+		return 3
+	case fault.Busy:
+		return 4
+	case fault.Unsupported:
+		return 5
+	case fault.Corrupt:
+		return 6
+	case fault.Exhausted:
+		return 7
+	case fault.Unavailable:
+		return 8
+	case fault.Void:
+		return 9
+	default:
+		return 1
+	}
+}
+
+// app is what the commands share: the configuration and the backends opened so far.
+type app struct {
+	stdout, stderr io.Writer
+	configPath     string
+	config         config
+	open           map[string]adapters.Adapter
+	json           bool
+}
+
+func (a *app) rootCommand() *cobra.Command {
+	root := &cobra.Command{
+		Use:   "stillpoint",
+		Short: "Consistent cuts, changed blocks and incremental backups of volumes on any backend",
+		Long: `Stillpoint snapshots volumes of many backends at one instant, tells which blocks changed, and keeps
+incremental backups in a kopia repository that restore anywhere.
+
+A volume is written BACKEND:ID, for example reflink:/pool/disk.img; a snapshot BACKEND:ID@NAME; a backup
+backup:REMOTE/ID. Without --config there is the backend "reflink" (files on XFS and btrfs), and the remote "default"
+is the folder in $STILLPOINT_REMOTE with its passphrase in the file $STILLPOINT_PASSPHRASE_FILE.`,
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		PersistentPreRunE: func(*cobra.Command, []string) (err error) {
+			a.config, err = loadConfig(a.configPath)
+			return err
+		},
+	}
+	root.PersistentFlags().StringVar(&a.configPath, "config", "", "YAML `file` with backends: and remotes:")
+	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
+		return fault.Errorf(fault.Invalid, "%w; see `%s --help`", err, c.CommandPath())
+	})
+	root.AddCommand(
+		a.cutCommand(), a.snapshotsCommand(), a.deleteCommand(), a.diffCommand(),
+		a.backupCommand(), a.backupsCommand(), a.restoreCommand(), a.verifyCommand(), a.forgetCommand(),
+		a.remoteCommand(), a.adaptersCommand(), freezerCommand(), a.versionCommand(),
+	)
+	return root
+}
+
+// jsonFlag adds --json to a command.
+func (a *app) jsonFlag(c *cobra.Command) *cobra.Command {
+	c.Flags().BoolVar(&a.json, "json", false, "print JSON, one object a line")
+	return c
+}
+
+// arguments checks the number of arguments and says in words what is missing.
+func arguments(least, most int, what string) cobra.PositionalArgs {
+	return func(c *cobra.Command, args []string) error {
+		if len(args) < least || most >= 0 && len(args) > most {
+			return fault.Errorf(fault.Invalid, "%s wants %s; see `%s --help`", c.CommandPath(), what, c.CommandPath())
+		}
+		return nil
+	}
+}
+
+// backend gives an opened backend, once per run.
+func (a *app) backend(ctx context.Context, name string) (adapters.Adapter, error) {
+	if b, ok := a.open[name]; ok {
+		return b, nil
+	}
+	b, err := a.config.openBackend(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	a.open[name] = b
+	return b, nil
+}
+
+func (a *app) close() error {
+	var errs []error
+	for _, b := range a.open {
+		errs = append(errs, b.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// volume parses a volume's handle and opens its backend.
+func (a *app) volume(ctx context.Context, s string) (adapters.Adapter, adapters.VolumeID, error) {
+	h, err := adapters.ParseHandle(s)
+	if err != nil {
+		return nil, adapters.VolumeID{}, err
+	}
+	if h.IsSnapshot() {
+		return nil, adapters.VolumeID{}, fault.Errorf(fault.Invalid, "%s is a snapshot, a volume is wanted (an @ inside a volume's id is written %%40)", s)
+	}
+	b, err := a.backend(ctx, h.Volume.Backend)
+	return b, h.Volume, err
+}
+
+// snapshot parses a snapshot's handle, opens its backend and makes the handle canonical.
+func (a *app) snapshot(ctx context.Context, s string) (adapters.Adapter, adapters.SnapshotID, error) {
+	h, err := adapters.ParseHandle(s)
+	if err != nil {
+		return nil, adapters.SnapshotID{}, err
+	}
+	if !h.IsSnapshot() {
+		return nil, adapters.SnapshotID{}, fault.Errorf(fault.Invalid, "%s is a volume, a snapshot is wanted: %s@NAME; `stillpoint snapshots %s` lists them", s, s, s)
+	}
+	b, err := a.backend(ctx, h.Volume.Backend)
+	if err != nil {
+		return nil, adapters.SnapshotID{}, err
+	}
+	id, err := adapters.Resolve(ctx, b, h)
+	return b, id, err
+}
+
+// repository opens a remote's repository.
+func (a *app) repository(ctx context.Context, remote string) (*repository.Repository, error) {
+	location, passphrase, err := a.config.remote(remote)
+	if err != nil {
+		return nil, err
+	}
+	r, err := repository.Open(ctx, location, passphrase)
+	if err != nil {
+		return nil, fmt.Errorf("remote %q: %w", remote, err)
+	}
+	return r, nil
+}
