@@ -1,0 +1,266 @@
+package fiemap
+
+import (
+	"context"
+	"errors"
+	"math"
+	"os"
+	"runtime"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"stillpoint.io/stillpoint/fault"
+)
+
+// source is a file that is listed, as it was when it was first looked at.
+type source struct {
+	f          *os.File
+	size       int64 // bytes
+	block      int64 // the filesystem's block, bytes
+	filesystem int64 // statfs(2) f_type
+	device     uint64
+	modified   unix.Timespec
+}
+
+// inspect looks at a file without asking for extents.
+func inspect(f *os.File) (*source, error) {
+	st, err := stat(f)
+	if err != nil {
+		return nil, err
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFREG {
+		return nil, fault.Errorf(fault.Invalid, "%s is not a regular file: only files have extents", f.Name())
+	}
+	var fs unix.Statfs_t
+	if err := unix.Fstatfs(int(f.Fd()), &fs); err != nil {
+		return nil, &os.PathError{Op: "statfs", Path: f.Name(), Err: err}
+	}
+	return &source{f: f, size: st.Size, block: max(fs.Bsize, 1), filesystem: fs.Type, device: st.Dev, modified: st.Mtim}, nil
+}
+
+// open inspects a file that is to be listed from an offset on, writes back what is dirty, and finds out whether its
+// filesystem has FIEMAP.
+func open(f *os.File, from int64) (*source, error) {
+	s, err := inspect(f)
+	if err != nil {
+		return nil, err
+	}
+	if from < 0 || from > s.size {
+		return nil, fault.Errorf(fault.Invalid, "%s: offset %d is outside the file of %d bytes", f.Name(), from, s.size)
+	}
+	_, err = s.count(0, 1, flagSync)
+	return s, err
+}
+
+func stat(f *os.File) (st unix.Stat_t, err error) {
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return st, &os.PathError{Op: "stat", Path: f.Name(), Err: err}
+	}
+	return st, nil
+}
+
+// settled fails if the file was visibly written to since it was inspected.
+func (s *source) settled() error {
+	st, err := stat(s.f)
+	if err != nil {
+		return err
+	}
+	if st.Size != s.size || st.Mtim != s.modified {
+		return fault.Errorf(fault.Busy, "%s was written to while its extents were listed: only a file that nobody writes to, such as a snapshot, has a settled answer", s.f.Name())
+	}
+	return nil
+}
+
+// count asks for the number of extents in a window.
+func (s *source) count(from, length int64, flags uint32) (int, error) {
+	h := header{start: uint64(from), length: uint64(length), flags: flags}
+	if err := s.ioctl(&h); err != nil {
+		return 0, err
+	}
+	return int(h.mapped), nil
+}
+
+// read fills b with the extents at from and behind it, up to the file's size.
+func (s *source) read(from int64, b *batch) error {
+	b.header = header{start: uint64(from), length: uint64(s.size - from), count: batchSize}
+	b.records = b.records[:0]
+	if err := s.ioctl(&b.header); err != nil {
+		return err
+	}
+	end := uint64(from)
+	for i, x := range b.raw[:min(b.mapped, batchSize)] {
+		// A file may reach up to 2^63 - 1, and its last block one byte further.
+		stop := x.logical + x.length
+		if x.length == 0 || stop < x.logical || stop > 1<<63 || i > 0 && x.logical < end || stop <= end {
+			return fault.Errorf(fault.Corrupt, "%s: the filesystem lists an extent of %d bytes at %d after one that ends at %d; check the filesystem", s.f.Name(), x.length, x.logical, end)
+		}
+		end = stop
+		stop = min(stop, math.MaxInt64)
+		b.records = append(b.records, Record{
+			Logical:  int64(x.logical),
+			Length:   int64(stop - x.logical),
+			Physical: x.physical,
+			Flags:    Flags(x.flags),
+		})
+	}
+	return nil
+}
+
+// walk calls yield for every extent from the one at from on, until it returns false.
+func (s *source) walk(ctx context.Context, from int64, yield func(Record) bool) error {
+	b := new(batch)
+	for from < s.size {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if err := s.read(from, b); err != nil {
+			return err
+		}
+		if err := s.settled(); err != nil {
+			return err
+		}
+		for _, r := range b.records {
+			if !yield(r) {
+				return nil
+			}
+		}
+		if len(b.records) == 0 {
+			return nil
+		}
+		from = b.records[len(b.records)-1].End()
+	}
+	return nil
+}
+
+// sameSpace fails if an address in one file need not mean the same block as in the other.
+func sameSpace(a, b *source) error {
+	switch {
+	case a.filesystem != b.filesystem:
+		return apart(a, b)
+	case a.filesystem == unix.XFS_SUPER_MAGIC:
+		if a.device != b.device {
+			return apart(a, b)
+		}
+		// The realtime device has addresses of its own (FS_XFLAG_REALTIME).
+		ra, err := a.realtime()
+		if err != nil {
+			return err
+		}
+		rb, err := b.realtime()
+		if err != nil {
+			return err
+		}
+		if ra != rb {
+			return fault.Errorf(fault.Unsupported, "%s and %s: one lies on the filesystem's realtime device, so their addresses cannot be compared", a.f.Name(), b.f.Name())
+		}
+		return nil
+	case a.filesystem == unix.BTRFS_SUPER_MAGIC:
+		if a.device == b.device {
+			return nil
+		}
+		// Each subvolume has a device number of its own.
+		ua, err := a.btrfs()
+		if err != nil {
+			return err
+		}
+		ub, err := b.btrfs()
+		if err != nil {
+			return err
+		}
+		if ua != ub {
+			return apart(a, b)
+		}
+		return nil
+	default:
+		return fault.Errorf(fault.Unsupported, "%s: addresses of extents prove equality only on XFS and btrfs, not on this filesystem (type %#x)", b.f.Name(), b.filesystem)
+	}
+}
+
+func apart(a, b *source) error {
+	return fault.Errorf(fault.Invalid, "%s and %s do not lie on one filesystem, so they share no extents", a.f.Name(), b.f.Name())
+}
+
+// realtime reports whether an XFS file lies on the realtime device (linux/fs.h: struct fsxattr).
+func (s *source) realtime() (bool, error) {
+	var x struct {
+		flags, extsize, extents, project, cowsize uint32
+		_                                         [8]byte
+	}
+	if err := ioctl(s.f, 0x801C581F, unsafe.Pointer(&x)); err != nil { // FS_IOC_FSGETXATTR
+		return false, &os.PathError{Op: "FS_IOC_FSGETXATTR", Path: s.f.Name(), Err: err}
+	}
+	return x.flags&1 != 0, nil
+}
+
+// btrfs returns the UUID of the btrfs that a file lies on (linux/btrfs.h: struct btrfs_ioctl_fs_info_args).
+func (s *source) btrfs() ([16]byte, error) {
+	var x struct {
+		devices, highest uint64
+		uuid             [16]byte
+		_                [992]byte
+	}
+	if err := ioctl(s.f, 0x8400941F, unsafe.Pointer(&x)); err != nil { // BTRFS_IOC_FS_INFO
+		return x.uuid, &os.PathError{Op: "BTRFS_IOC_FS_INFO", Path: s.f.Name(), Err: err}
+	}
+	return x.uuid, nil
+}
+
+const (
+	fiemap   = 0xC020660B // linux/fs.h: FS_IOC_FIEMAP
+	flagSync = 1          // FIEMAP_FLAG_SYNC
+	// batchSize is how many extents one request asks for: 56 bytes each here, 32 more as records.
+	batchSize = 1024
+)
+
+// header is linux/fiemap.h's struct fiemap.
+type header struct {
+	start, length uint64
+	flags         uint32
+	mapped        uint32
+	count         uint32
+	_             uint32
+}
+
+// extent is linux/fiemap.h's struct fiemap_extent.
+type extent struct {
+	logical, physical, length uint64
+	_                         [2]uint64
+	flags                     uint32
+	_                         [3]uint32
+}
+
+// batch is one request, its answer as it came, and what was read from it.
+type batch struct {
+	header
+	raw     [batchSize]extent
+	records []Record
+}
+
+func (s *source) ioctl(h *header) error {
+	err := ioctl(s.f, fiemap, unsafe.Pointer(h))
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.ENOTTY), errors.Is(err, unix.EBADR):
+		return fault.Errorf(fault.Unsupported, "%s: its filesystem (type %#x) does not list extents (FIEMAP)", s.f.Name(), s.filesystem)
+	case errors.Is(err, unix.EUCLEAN):
+		return fault.Errorf(fault.Corrupt, "%s: listing extents: %w; check the filesystem", s.f.Name(), err)
+	default:
+		return &os.PathError{Op: "FIEMAP", Path: s.f.Name(), Err: err}
+	}
+}
+
+func ioctl(f *os.File, request uintptr, arg unsafe.Pointer) error {
+	for {
+		_, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), request, uintptr(arg))
+		runtime.KeepAlive(f)
+		switch errno {
+		case 0:
+			return nil
+		case unix.EINTR:
+		default:
+			return errno
+		}
+	}
+}
