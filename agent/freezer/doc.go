@@ -1,0 +1,2 @@
+// Package freezer freezes filesystems under a lease, and thaws them whatever happens.
+package freezer
