@@ -1,0 +1,2 @@
+// Package repository keeps backups in a kopia repository.
+package repository
