@@ -248,7 +248,8 @@ const (
 
 // Notes is what a cut tells a snapshot when it publishes it. The backend keeps it and Snapshot gives it back.
 type Notes struct {
-	Cut         string      `json:"cut"` // the cut's name
+	Cut         string      `json:"cut"`     // the cut's name
+	Instant     string      `json:"instant"` // the same for all snapshots of one cut, and for no others
 	Consistency Consistency `json:"consistency"`
 	// Unverified lists in words what could not be proved, e.g. "dm-3 keeps no write counters"; empty is the norm.
 	Unverified []string `json:"unverified,omitempty"`

@@ -1,0 +1,233 @@
+package cut
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"stillpoint.io/stillpoint/adapters"
+	"stillpoint.io/stillpoint/agent/freezer"
+	"stillpoint.io/stillpoint/agent/mounts"
+	"stillpoint.io/stillpoint/fault"
+)
+
+// window is what happened between the first freeze and the thaw, and around it.
+type window struct {
+	wanted     string
+	staged     bool                // something may be staged in the backends
+	begun      bool                // snapshots may exist
+	snapshots  []adapters.Snapshot // in the members' order
+	calls      sync.WaitGroup      // snapshot calls, which may outlive the freeze
+	frozen     []FrozenFilesystem  // in the order of freezing
+	lost       []string            // freezes that were not held, in words
+	moved      []string            // devices that were written to while they were frozen
+	jumped     time.Duration       // how far the wall clock moved against the monotonic one
+	unverified []string
+}
+
+// margin is what is left of the freeze's deadline when the snapshot calls are given up, so that it is our thaw that
+// ends the freeze and not the deadline.
+const margin = 100 * time.Millisecond
+
+// cutting syncs, freezes, snapshots and thaws. The window is returned also with an error, for discard.
+func cutting(ctx context.Context, r Request, n Node, members []member, p Plan, client *freezer.Client) (*window, error) {
+	w := &window{wanted: r.Name, snapshots: make([]adapters.Snapshot, len(members))}
+	if err := n.sync(ctx, r, p.frozen()); err != nil {
+		return w, err
+	}
+	w.staged = true
+	if err := stage(ctx, r, members, p); err != nil {
+		return w, err
+	}
+	if err := n.sync(ctx, r, p.frozen()); err != nil {
+		return w, err
+	}
+	return w, w.run(ctx, r, n, members, p, client)
+}
+
+// run is the window itself. From the first freeze to the last thaw it prints and logs nothing, opens no file and waits
+// for nothing without a deadline.
+func (w *window) run(ctx context.Context, r Request, n Node, members []member, p Plan, client *freezer.Client) error {
+	var readings []reading
+	begin := time.Now()
+	wctx, cancel := context.WithTimeout(ctx, r.MaxFreeze-margin)
+	defer cancel()
+	w.begun = true
+
+	var lease *freezer.Lease
+	var err error
+	for _, step := range p.Steps {
+		if lease, err = grow(wctx, client, lease, step.Freeze, r.MaxFreeze); err != nil {
+			break
+		}
+		var before reading
+		if before, err = n.read(wctx, step.Freeze); err != nil {
+			break
+		}
+		readings = append(readings, before)
+		if err = w.snapshot(wctx, r, members, step.Snapshot, lease); err != nil {
+			break
+		}
+	}
+	if err == nil {
+		for i := range readings {
+			if err = readings[i].again(wctx, n); err != nil {
+				break
+			}
+		}
+	}
+	if lease != nil {
+		w.thaw(lease)
+	}
+	for _, b := range readings {
+		w.moved = append(w.moved, b.moved()...)
+		w.unverified = append(w.unverified, b.uncounted...)
+	}
+	w.jumped = time.Now().Round(0).Sub(begin.Round(0)) - time.Since(begin)
+	return inWords(err, r)
+}
+
+// thaw ends the lease and keeps its report. It waits by the freezer's own time-outs, not by the cut's context.
+func (w *window) thaw(lease *freezer.Lease) {
+	report, err := lease.Thaw(context.Background())
+	if err != nil {
+		w.lost = append(w.lost, err.Error())
+	}
+	for _, f := range report {
+		w.frozen = append(w.frozen, FrozenFilesystem{f.Mount, float64(f.Duration.Microseconds()) / 1000})
+		if !f.Held {
+			w.lost = append(w.lost, fmt.Sprintf("%s: %s", f.Mount, f.Why))
+		}
+	}
+}
+
+// snapshot takes the snapshots of a step in parallel, and returns when all are fixed, one has failed, the lease is
+// lost or ctx is over, whichever is first. Calls still under way then are settled by discard.
+func (w *window) snapshot(ctx context.Context, r Request, members []member, step []int, lease *freezer.Lease) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	done := make(chan error, len(step))
+	for _, i := range step {
+		w.calls.Go(func() {
+			s, err := members[i].adapter.CreateSnapshot(ctx, members[i].volume.ID, r.Name)
+			w.snapshots[i] = s
+			done <- err
+		})
+	}
+	var lost <-chan struct{}
+	if lease != nil {
+		lost = lease.Lost()
+	}
+	for range step {
+		select {
+		case err := <-done:
+			if err != nil {
+				return err
+			}
+		case <-lost:
+			return fault.Errorf(fault.Void, "the freeze was lost before every snapshot was taken: %w", lease.Err())
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	return nil
+}
+
+// settle waits for snapshot calls that outlived the freeze, so that what they made can be deleted.
+func (w *window) settle(ctx context.Context) {
+	settled := make(chan struct{})
+	go func() { w.calls.Wait(); close(settled) }() // ends with the last call; a call that never ends keeps it for ever
+	select {
+	case <-settled:
+	case <-ctx.Done():
+	}
+}
+
+// grow freezes more filesystems under the lease, or makes the lease.
+func grow(ctx context.Context, client *freezer.Client, lease *freezer.Lease, list []Freezing, deadline time.Duration) (*freezer.Lease, error) {
+	if len(list) == 0 {
+		return lease, nil
+	}
+	filesystems := make([]freezer.Filesystem, len(list))
+	for i, f := range list {
+		filesystems[i] = freezer.Filesystem{Mount: f.Filesystem, Device: freezer.Device(f.Device), Type: f.Type}
+	}
+	if lease != nil {
+		return lease, fault.Errorf(fault.Unsupported, "a cut in two steps")
+	}
+	return client.Freeze(ctx, freezer.Request{Filesystems: filesystems, MaxFreeze: deadline})
+}
+
+// stage lets the backends do ahead what they can, for the volumes that nothing will write to while they are cut.
+func stage(ctx context.Context, r Request, members []member, p Plan) error {
+	return each(len(members), func(i int) error {
+		stager, ok := adapters.As[adapters.Stager](members[i].adapter)
+		if !ok || p.Members[i].Consistency != adapters.FilesystemConsistent {
+			return nil
+		}
+		return stager.Stage(ctx, members[i].volume.ID, r.Name)
+	})
+}
+
+// reading is the write counters of the devices below frozen filesystems, at two moments.
+type reading struct {
+	devices       []mounts.Device
+	names         []string
+	uncounted     []string
+	before, after []mounts.Counters
+}
+
+// read reads the counters of the devices for the first time.
+func (n Node) read(ctx context.Context, frozen []Freezing) (reading, error) {
+	var b reading
+	for _, f := range frozen {
+		for _, d := range f.Members {
+			b.devices = append(b.devices, d)
+			b.names = append(b.names, f.Filesystem)
+		}
+	}
+	var err error
+	b.before, err = n.Host.Counters(ctx, b.devices...)
+	return b, err
+}
+
+func (b *reading) again(ctx context.Context, n Node) (err error) {
+	b.after, err = n.Host.Counters(ctx, b.devices...)
+	for i := range b.after {
+		if !b.after[i].Kept {
+			b.uncounted = append(b.uncounted, fmt.Sprintf("%s: the kernel keeps no write counters for device %s", b.names[i], b.devices[i]))
+		}
+	}
+	return err
+}
+
+// moved names the filesystems whose devices were written to between the readings.
+func (b reading) moved() (names []string) {
+	for i := range b.after {
+		if b.after[i].Moved(b.before[i]) {
+			names = append(names, fmt.Sprintf("%s (device %s)", b.names[i], b.devices[i]))
+		}
+	}
+	return names
+}
+
+// inWords gives an error from the window a kind and the deadline's name.
+func inWords(err error, r Request) error {
+	var f *freezer.Error
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, context.DeadlineExceeded):
+		return fault.Errorf(fault.Unavailable, "the cut %q was given up: not every snapshot was taken within the freeze's deadline of %v; everything is thawed", r.Name, r.MaxFreeze)
+	case errors.As(err, &f):
+		kind := map[freezer.Reason]fault.Kind{
+			freezer.Busy: fault.Busy, freezer.Refused: fault.Unsupported, freezer.Invalid: fault.Invalid,
+			freezer.Lost: fault.Void, freezer.Unavailable: fault.Unavailable,
+		}[f.Reason]
+		return &fault.Error{Kind: kind, RetryAfter: f.Wait, Err: err}
+	default:
+		return err
+	}
+}
