@@ -90,8 +90,8 @@ const (
 	Lower Role = "lower" // only read
 )
 
-// Layer is a folder of an overlay. Filesystem is the one that it lies on, 0 if that is not to be seen from here; New
-// finds it from Path where it is 0.
+// Layer is a folder of an overlay. Filesystem is the one that it lies on, 0 if that is not known; New finds it from
+// an absolute Path where it is 0 and the overlay's Unknown is empty.
 type Layer struct {
 	Role       Role
 	Path       string

@@ -161,8 +161,8 @@ func (t Table) below(n node) []node {
 			found = append(found, node{id: d})
 		}
 		for _, l := range f.Layers {
-			if l.Filesystem != 0 && !slices.Contains(found, node{true, l.Filesystem}) {
-				found = append(found, node{true, l.Filesystem})
+			if n := t.filesystemNode(l.Filesystem); l.Filesystem != 0 && !slices.Contains(found, n) {
+				found = append(found, n)
 			}
 		}
 		return found
@@ -172,9 +172,16 @@ func (t Table) below(n node) []node {
 		found = append(found, node{id: b})
 	}
 	if d.Backing != nil && d.Backing.Filesystem != 0 {
-		found = append(found, node{true, d.Backing.Filesystem})
+		found = append(found, t.filesystemNode(d.Backing.Filesystem))
 	}
 	return found
+}
+
+func (t Table) filesystemNode(id Device) node {
+	if f, ok := t.Filesystem(id); ok {
+		id = f.ID // it may be a number of Stats
+	}
+	return node{true, id}
 }
 
 func (t *Table) indexStack() {

@@ -132,7 +132,10 @@ func (t *Table) indexLayers() {
 		f := &t.filesystems[i]
 		f.Layers = slices.Clone(f.Layers)
 		for j, l := range f.Layers {
-			if m, ok := t.At(l.Path); ok && l.Filesystem == 0 && path.IsAbs(l.Path) {
+			if l.Filesystem != 0 || f.Unknown != "" || !path.IsAbs(l.Path) {
+				continue
+			}
+			if m, ok := t.At(l.Path); ok && m.Filesystem != f.ID {
 				f.Layers[j].Filesystem = m.Filesystem
 			}
 		}
