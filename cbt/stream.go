@@ -46,10 +46,9 @@ func Clip(s Seq, from, to int64) Seq {
 			if e.Offset >= to {
 				return
 			}
-			if start := max(e.Offset, from); start < e.End() {
-				if !yield(Extent{Offset: start, Length: min(e.End(), to) - start, Zero: e.Zero}, nil) {
-					return
-				}
+			start, end := max(e.Offset, from), min(e.End(), to)
+			if start < end && !yield(Extent{Offset: start, Length: end - start, Zero: e.Zero}, nil) {
+				return
 			}
 		}
 	}
