@@ -85,22 +85,22 @@ func (f Flags) Plain() bool { return f&(Unwritten|opaque) == 0 }
 // extent that crosses a multiple of 1 TiB counts twice. Unsupported where the filesystem has no FIEMAP, Invalid if f
 // is not a regular file; both name the file.
 func Count(ctx context.Context, f *os.File) (int, error) {
-	s, err := inspect(f)
+	s, err := open(f, 0)
 	if err != nil {
 		return 0, err
 	}
 	// One request cannot be cancelled, and it counts in 32 bits: a window of this size has no more than that.
 	const window = 1 << 40
-	total, flags := 0, uint32(flagSync)
+	total := 0
 	for from := int64(0); from < s.size; from += min(window, s.size-from) {
 		if err := ctx.Err(); err != nil {
 			return 0, err
 		}
-		n, err := s.count(from, min(window, s.size-from), flags)
+		n, err := s.count(from, min(window, s.size-from), 0)
 		if err != nil {
 			return 0, err
 		}
-		total, flags = total+n, 0
+		total += n
 	}
 	return total, nil
 }
