@@ -72,6 +72,9 @@ func loadConfig(path string) (config, error) {
 		if h, err := adapters.ParseHandle(name + ":x"); err != nil || h.Volume.Backend != name {
 			return c, fault.Errorf(fault.Invalid, "configuration %s: backend %q: a name is at most 32 of [a-z0-9-]", path, name)
 		}
+		if name == "backup" {
+			return c, fault.Errorf(fault.Invalid, "configuration %s: a backend cannot be named backup: handles of backups begin with that word", path)
+		}
 		if b.Adapter == "" {
 			return c, fault.Errorf(fault.Invalid, "configuration %s: backend %q has no adapter: `stillpoint adapters` lists them", path, name)
 		}

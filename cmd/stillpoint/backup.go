@@ -1,0 +1,359 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"stillpoint.io/stillpoint/adapters"
+	"stillpoint.io/stillpoint/agent/backup"
+	"stillpoint.io/stillpoint/agent/repository"
+	"stillpoint.io/stillpoint/fault"
+)
+
+// ownCut begins the names of the cuts that the command backup makes by itself. A snapshot with such a name is deleted
+// once a newer backup has taken its place as the base of the next increment.
+const ownCut = "backup-"
+
+func (a *app) backupCommand() *cobra.Command {
+	var flags cutFlags
+	var remote string
+	var full bool
+	c := &cobra.Command{
+		Use:   "backup (HANDLE... | VOLUME... | --all)",
+		Short: "Back snapshots up, incrementally where the last backup's snapshot still exists",
+		Long: `Back snapshots up into a remote. With volumes instead of snapshots, or with --all, one cut over all of them is made
+first. The snapshot of such a cut stays as the base of the next increment and is deleted when that has succeeded;
+snapshots that you made stay until you delete them. The backup's handle is printed when the backup is complete: its
+manifest and a sample of its data have been read back.`,
+		Args: arguments(0, -1, "snapshots or volumes"),
+		RunE: func(c *cobra.Command, args []string) error {
+			r, err := a.repository(c.Context(), remote)
+			if err != nil {
+				return err
+			}
+			err = a.backup(c.Context(), r, args, flags, full)
+			return errors.Join(err, closeRepository(c.Context(), r))
+		},
+	}
+	flags.register(c)
+	remoteFlag(c, &remote)
+	c.Flags().BoolVar(&full, "full", false, "reuse nothing: read everything that is allocated")
+	return a.jsonFlag(c)
+}
+
+func remoteFlag(c *cobra.Command, remote *string) {
+	c.Flags().StringVar(remote, "remote", defaultRemote, "the remote's `name`")
+}
+
+// closeRepository closes even when the context is over.
+func closeRepository(ctx context.Context, r *repository.Repository) error {
+	return r.Close(context.WithoutCancel(ctx))
+}
+
+func (a *app) backup(ctx context.Context, r *repository.Repository, args []string, flags cutFlags, full bool) error {
+	snapshots, cuts, err := a.snapshotsOrCut(ctx, args, flags)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for i, h := range snapshots {
+		if ctx.Err() != nil {
+			return errors.Join(append(errs, fmt.Errorf("%d of %d backups were not begun: %w", len(snapshots)-i, len(snapshots), ctx.Err()))...)
+		}
+		report, err := a.backupOne(ctx, r, h, full)
+		if err == nil && cuts {
+			err = a.retire(ctx, r, report)
+		}
+		if err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", h, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// snapshotsOrCut gives the handles to back up: the ones named, or those of a cut over the volumes named.
+func (a *app) snapshotsOrCut(ctx context.Context, args []string, flags cutFlags) (handles []string, cuts bool, err error) {
+	named := 0
+	for _, s := range args {
+		h, err := adapters.ParseHandle(s)
+		if err != nil {
+			return nil, false, err
+		}
+		if h.IsSnapshot() {
+			named++
+		}
+	}
+	switch {
+	case named > 0 && named < len(args):
+		return nil, false, fault.Errorf(fault.Invalid, "name snapshots or volumes, not both: a cut is made over the volumes")
+	case named > 0 && !flags.all:
+		return args, false, nil
+	}
+	volumes, err := a.volumes(ctx, args, flags.all)
+	if err != nil {
+		return nil, false, err
+	}
+	res, err := a.cut(ctx, flags.request(ownCut+time.Now().UTC().Format("20060102t150405"), volumes))
+	if err != nil {
+		return nil, false, err
+	}
+	if !a.json {
+		a.printCut(res)
+	}
+	return res.Snapshots, true, nil
+}
+
+func (a *app) backupOne(ctx context.Context, r *repository.Repository, handle string, full bool) (backup.Report, error) {
+	b, id, err := a.snapshot(ctx, handle)
+	if err != nil {
+		return backup.Report{}, err
+	}
+	var report backup.Report
+	err = a.withProgress(ctx, "backup of "+id.Name, func(p *backup.Progress) (err error) {
+		report, err = backup.Run(ctx, backup.Request{Adapter: b, Snapshot: id, Repository: r, Full: full, Progress: p})
+		return err
+	})
+	if err != nil {
+		return report, err
+	}
+	for _, w := range report.Warnings {
+		warn(a.stderr, "%s: %s", report.Snapshot, w)
+	}
+	if a.json {
+		return report, a.printJSON(report)
+	}
+	a.say("%s", report.Backup)
+	if report.Existed {
+		a.say("  %s was backed up before", report.Snapshot)
+		return report, nil
+	}
+	a.say("  %s of %s: %s", report.Kind, report.Snapshot, report.Reason)
+	a.say("  read %v, audited %v, new %v (stored as %v), reused %v of %v, in %.1f s", bytesize(report.BytesRead), bytesize(report.BytesAudited),
+		bytesize(report.BytesNew), bytesize(report.BytesStored), bytesize(report.BytesReused), bytesize(report.Size), report.Seconds)
+	return report, nil
+}
+
+// retire deletes the snapshot that was the base of an incremental backup, if a cut of the command backup had made it:
+// the new snapshot is the next base.
+func (a *app) retire(ctx context.Context, r *repository.Repository, report backup.Report) error {
+	if report.Base == "" {
+		return nil
+	}
+	h, err := repository.ParseHandle(report.Base)
+	if err != nil {
+		return err
+	}
+	base, err := r.Backup(ctx, h.ID)
+	if err != nil {
+		return err
+	}
+	if !strings.HasPrefix(base.Snapshot.Name, ownCut) {
+		return nil
+	}
+	b, err := a.backend(ctx, base.Snapshot.Volume.Backend)
+	if err != nil {
+		return err
+	}
+	return b.DeleteSnapshot(ctx, base.Snapshot)
+}
+
+func (a *app) backupsCommand() *cobra.Command {
+	var remote string
+	c := &cobra.Command{
+		Use:   "backups [VOLUME]",
+		Short: "List the backups in a remote",
+		Args:  arguments(0, 1, "one volume at most"),
+		RunE: func(c *cobra.Command, args []string) error {
+			return a.listBackups(c.Context(), remote, args)
+		},
+	}
+	remoteFlag(c, &remote)
+	return a.jsonFlag(c)
+}
+
+// backupLine is a backup as `backups --json` prints it.
+type backupLine struct {
+	Handle   string `json:"backup"`
+	Volume   string `json:"volume"`
+	Snapshot string `json:"snapshot"`
+	repository.Backup
+}
+
+func (a *app) listBackups(ctx context.Context, remote string, args []string) error {
+	var filter repository.Filter
+	if len(args) == 1 {
+		b, id, err := a.volume(ctx, args[0])
+		if err != nil {
+			return err
+		}
+		filter.Volume = id
+		if v, err := b.Volume(ctx, id); err == nil {
+			filter.Volume = v.ID
+		} else if !errors.Is(err, fault.NotFound) && !errors.Is(err, fault.Unavailable) {
+			return err // a volume that is gone may have backups under its canonical id
+		}
+	}
+	r, err := a.repository(ctx, remote)
+	if err != nil {
+		return err
+	}
+	defer closeRepository(ctx, r)
+	found, err := r.Backups(ctx, filter)
+	if err != nil {
+		return err
+	}
+	if a.json {
+		for _, b := range found {
+			if err := a.printJSON(backupLine{b.Handle.String(), b.Volume.String(), b.Snapshot.String(), b}); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	row, flush := a.table("BACKUP", "KIND", "SIZE", "DATA", "CREATED", "SNAPSHOT")
+	for _, b := range found {
+		row(b.Handle, b.Kind, bytesize(b.Size), bytesize(b.Data), b.Created.Local().Format(time.DateTime), b.Snapshot)
+	}
+	return flush()
+}
+
+// inRemotes calls f for each backup handle with its repository, opening each remote once.
+func (a *app) inRemotes(ctx context.Context, handles []string, f func(*repository.Repository, string) error) (err error) {
+	var parsed []repository.Handle
+	for _, s := range handles {
+		h, err := repository.ParseHandle(s)
+		if err != nil {
+			return err
+		}
+		parsed = append(parsed, h)
+	}
+	open := map[string]*repository.Repository{}
+	defer func() {
+		for _, r := range open {
+			err = errors.Join(err, closeRepository(ctx, r))
+		}
+	}()
+	var errs []error
+	for _, h := range parsed {
+		r, ok := open[h.Remote]
+		if !ok {
+			var err error
+			if r, err = a.repository(ctx, h.Remote); err != nil {
+				return err
+			}
+			open[h.Remote] = r
+		}
+		if err := f(r, h.ID); err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", h, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (a *app) verifyCommand() *cobra.Command {
+	return a.jsonFlag(&cobra.Command{
+		Use:   "verify BACKUP...",
+		Short: "Read every chunk of backups back and check it",
+		Args:  arguments(1, -1, "backups"),
+		RunE: func(c *cobra.Command, args []string) error {
+			return a.inRemotes(c.Context(), args, func(r *repository.Repository, id string) error {
+				return a.verify(c.Context(), r, id)
+			})
+		},
+	})
+}
+
+func (a *app) verify(ctx context.Context, r *repository.Repository, id string) error {
+	var report backup.VerifyReport
+	err := a.withProgress(ctx, "verifying "+id, func(p *backup.Progress) (err error) {
+		report, err = backup.Verify(ctx, backup.VerifyRequest{Repository: r, ID: id, Progress: p})
+		return err
+	})
+	if err != nil && !errors.Is(err, fault.Corrupt) {
+		return err
+	}
+	if a.json {
+		return errors.Join(err, a.printJSON(report))
+	}
+	for _, bad := range report.Bad {
+		a.say("bad: %s", bad)
+	}
+	if err == nil {
+		a.say("%s is sound: %v of chunks read and checked in %.1f s", report.Backup, bytesize(report.BytesVerified), report.Seconds)
+	}
+	return err
+}
+
+func (a *app) forgetCommand() *cobra.Command {
+	return a.jsonFlag(&cobra.Command{
+		Use:   "forget BACKUP...",
+		Short: "Remove backups from a remote; the space comes back with the repository's maintenance",
+		Args:  arguments(1, -1, "backups"),
+		RunE: func(c *cobra.Command, args []string) error {
+			return a.inRemotes(c.Context(), args, func(r *repository.Repository, id string) error {
+				if err := r.Forget(c.Context(), id); err != nil {
+					return err
+				}
+				h := repository.Handle{Remote: r.Remote(), ID: id}
+				if a.json {
+					return a.printJSON(map[string]string{"forgotten": h.String()})
+				}
+				a.say("forgotten %s", h)
+				return nil
+			})
+		},
+	})
+}
+
+func (a *app) restoreCommand() *cobra.Command {
+	var overwrite bool
+	c := &cobra.Command{
+		Use:   "restore BACKUP|HANDLE TARGET-VOLUME",
+		Short: "Make a backup or a snapshot into a new volume, or write it over an existing one",
+		Args:  arguments(2, 2, "a backup or snapshot, and the volume to make of it"),
+		RunE: func(c *cobra.Command, args []string) error {
+			target, id, err := a.volume(c.Context(), args[1])
+			if err != nil {
+				return err
+			}
+			q := backup.RestoreRequest{Target: target, Volume: id, Overwrite: overwrite}
+			if !strings.HasPrefix(args[0], "backup:") {
+				b, snapshot, err := a.snapshot(c.Context(), args[0])
+				if err != nil {
+					return err
+				}
+				q.Source = backup.FromSnapshot(b, snapshot)
+				return a.restore(c.Context(), q)
+			}
+			return a.inRemotes(c.Context(), args[:1], func(r *repository.Repository, id string) error {
+				q.Source = backup.FromBackup(r, id)
+				return a.restore(c.Context(), q)
+			})
+		},
+	}
+	c.Flags().BoolVar(&overwrite, "overwrite", false, "write over the existing volume TARGET-VOLUME, which must not be in use")
+	return a.jsonFlag(c)
+}
+
+func (a *app) restore(ctx context.Context, q backup.RestoreRequest) error {
+	var report backup.RestoreReport
+	err := a.withProgress(ctx, "restore of "+q.Volume.ID, func(p *backup.Progress) (err error) {
+		q.Progress = p
+		report, err = backup.Restore(ctx, q)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	if a.json {
+		return a.printJSON(report)
+	}
+	a.say("%s", report.Volume)
+	a.say("  restored from %s: %v written, %v zeroed, of %v, in %.1f s", report.Source, bytesize(report.BytesWritten), bytesize(report.BytesZeroed), bytesize(report.Size), report.Seconds)
+	return nil
+}

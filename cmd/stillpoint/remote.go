@@ -1,0 +1,80 @@
+package main
+
+import (
+	"github.com/spf13/cobra"
+
+	"stillpoint.io/stillpoint/agent/repository"
+)
+
+func (a *app) remoteCommand() *cobra.Command {
+	c := &cobra.Command{
+		Use:   "remote",
+		Short: "Create or look at a remote's repository",
+		Args:  arguments(0, 0, "`init` or `status`"),
+		RunE:  func(c *cobra.Command, _ []string) error { return c.Help() },
+	}
+	c.AddCommand(a.remoteInitCommand(), a.remoteStatusCommand())
+	return c
+}
+
+func (a *app) remoteInitCommand() *cobra.Command {
+	var chunk int64
+	c := &cobra.Command{
+		Use:   "init [NAME]",
+		Short: "Create the repository of a remote",
+		Args:  arguments(0, 1, "one remote at most"),
+		RunE: func(c *cobra.Command, args []string) error {
+			name := remoteName(args)
+			at, passphrase, err := a.config.remote(name)
+			if err != nil {
+				return err
+			}
+			if err := repository.Init(c.Context(), at, passphrase, repository.Options{ChunkSize: chunk << 10}); err != nil {
+				return err
+			}
+			if a.json {
+				return a.printJSON(map[string]string{"remote": name, "location": at.String()})
+			}
+			a.say("the remote %s is ready in %s; without its passphrase nobody can read it, you included", name, at)
+			return nil
+		},
+	}
+	c.Flags().Int64Var(&chunk, "chunk-size", repository.DefaultChunkSize>>10, "the unit of change in `KiB`, a power of two from 64 to 16384; it cannot be changed later")
+	return a.jsonFlag(c)
+}
+
+func (a *app) remoteStatusCommand() *cobra.Command {
+	return a.jsonFlag(&cobra.Command{
+		Use:   "status [NAME]",
+		Short: "Show what is in a remote's repository",
+		Args:  arguments(0, 1, "one remote at most"),
+		RunE: func(c *cobra.Command, args []string) error {
+			r, err := a.repository(c.Context(), remoteName(args))
+			if err != nil {
+				return err
+			}
+			defer closeRepository(c.Context(), r)
+			s, err := r.Status(c.Context())
+			if err != nil {
+				return err
+			}
+			if a.json {
+				return a.printJSON(s)
+			}
+			a.say("remote      %s", s.Remote)
+			a.say("location    %s", s.Location)
+			a.say("repository  %s (kopia)", s.ID)
+			a.say("chunk size  %v", bytesize(s.ChunkSize))
+			a.say("backups     %d of %d volumes", s.Backups, s.Volumes)
+			a.say("stored      %v", bytesize(s.Stored))
+			return nil
+		},
+	})
+}
+
+func remoteName(args []string) string {
+	if len(args) == 0 {
+		return defaultRemote
+	}
+	return args[0]
+}
