@@ -46,11 +46,15 @@ func (t Table) Nested(fs Device) []Mount {
 		if m.Filesystem == fs {
 			continue
 		}
-		for up, ok := t.parent(m); ok; up, ok = t.parent(up) {
-			if up.Filesystem == fs {
-				found = append(found, m)
+		up, ok := t.parent(m)
+		for range t.mounts { // enough for any depth, and an end to a circle in a made-up table
+			if !ok || up.Filesystem == fs {
 				break
 			}
+			up, ok = t.parent(up)
+		}
+		if ok && up.Filesystem == fs {
+			found = append(found, m)
 		}
 	}
 	slices.SortFunc(found, func(a, b Mount) int { return a.ID - b.ID })
@@ -89,7 +93,7 @@ func (t Table) walk(p string) (at Mount, crossed bool) {
 	p = path.Clean("/" + p)
 	at = t.mounts[t.root]
 	for end := 1; ; {
-		for { // mounts can be piled upon one place; IDs of a made-up table may even form a circle
+		for { // mounts can be piled upon one place
 			top, ok := t.children[place{at.ID, p[:end]}]
 			if !ok || top == at.ID {
 				break
