@@ -1,0 +1,217 @@
+package reflink
+
+import (
+	"context"
+	"os"
+	"slices"
+
+	"golang.org/x/sys/unix"
+
+	"stillpoint.io/stillpoint/cbt/fiemap"
+	"stillpoint.io/stillpoint/fault"
+)
+
+// draft is a clone that has no name yet. The kernel removes it when it is closed, also by the death of the process.
+type draft struct {
+	folder, file *os.File
+	source       *os.File // the volume
+	owned        bool     // the source is closed with the draft
+	size         int64    // of the clone, bytes
+	block        int64    // of the filesystem, bytes
+	moves        bool     // the filesystem may move the blocks of a file that nobody writes to
+	extents      []fiemap.Record
+	live         []fiemap.Record // room for the volume's, reused
+}
+
+// pieceMin is the least that Stage clones at once, in bytes: a clone locks the volume.
+const pieceMin = 64 << 20
+
+// newDraft makes an empty draft in a folder, which belongs to it then; on an error the folder is closed.
+func newDraft(folder, source *os.File) (*draft, error) {
+	var fs unix.Statfs_t
+	if err := unix.Fstatfs(int(folder.Fd()), &fs); err != nil {
+		folder.Close()
+		return nil, err
+	}
+	fd, err := unix.Openat(int(folder.Fd()), ".", unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o400)
+	if err != nil {
+		folder.Close()
+		return nil, err
+	}
+	d := &draft{
+		folder: folder,
+		file:   os.NewFile(uintptr(fd), folder.Name()+"/draft"),
+		source: source,
+		block:  fs.Bsize,
+		moves:  fs.Type == unix.BTRFS_SUPER_MAGIC,
+	}
+	if err := likeSource(d.file, source); err != nil {
+		d.close()
+		return nil, err
+	}
+	return d, nil
+}
+
+// close lets go of a draft; nothing for nil and for one that is closed.
+func (d *draft) close() {
+	if d == nil {
+		return
+	}
+	d.file.Close()
+	d.folder.Close()
+	if d.owned {
+		d.source.Close()
+	}
+}
+
+// clone makes the draft a clone of the volume at one instant.
+func (d *draft) clone() error {
+	st, err := stat(d.source)
+	if err != nil {
+		return err
+	}
+	d.size = st.Size
+	return d.clonePieces(context.Background(), d.size)
+}
+
+// cloneAhead clones the volume piece by piece: not one instant, but never in the way for long.
+func (d *draft) cloneAhead(ctx context.Context) error {
+	st, err := stat(d.source)
+	if err != nil {
+		return err
+	}
+	d.size = st.Size
+	return d.clonePieces(ctx, max(pieceMin, (d.size/4096)&^(pieceMin-1)))
+}
+
+func (d *draft) clonePieces(ctx context.Context, piece int64) error {
+	for at := int64(0); at < d.size; at += piece {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if err := cloneRange(d.file, d.source, at, min(piece, d.size-at)); err != nil {
+			if st, e := stat(d.source); e == nil && st.Size < d.size {
+				return fault.Errorf(fault.Unavailable, "it was cut from %d to %d bytes meanwhile; try again", d.size, st.Size)
+			}
+			return err
+		}
+	}
+	return nil
+}
+
+// list remembers where the draft's blocks are, for the next refresh.
+func (d *draft) list(ctx context.Context) (err error) {
+	d.extents, err = collect(ctx, d.extents[:0], d.file)
+	return err
+}
+
+// refresh makes the draft equal to the volume again, by cloning the ranges whose blocks are not the same. If the volume
+// is left alone during the call, the result is the volume at that instant.
+//
+// What proves equality is that a block has one content as long as the draft holds it. On XFS such a block stays where
+// it is, so the listing made while staging is good. btrfs may have moved the draft's blocks since (a balance) and given
+// their old addresses away: there the draft is listed anew.
+func (d *draft) refresh(ctx context.Context) error {
+	st, err := stat(d.source)
+	if err != nil {
+		return err
+	}
+	if st.Size != d.size {
+		if (st.Size|d.size)%d.block != 0 {
+			// The last block has bytes behind the end, which a change of size would turn into a write.
+			if err := d.file.Truncate(0); err != nil {
+				return errno(err)
+			}
+			return d.clone()
+		}
+		if err := d.file.Truncate(st.Size); err != nil {
+			return errno(err)
+		}
+		d.size = st.Size
+	}
+	if d.moves {
+		if err := d.list(ctx); err != nil {
+			return err
+		}
+	}
+	if d.live, err = collect(ctx, slices.Grow(d.live[:0], len(d.extents)), d.source); err != nil {
+		return err
+	}
+	for _, s := range differing(d.extents, d.live, d.size, d.block) {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if err := cloneRange(d.file, d.source, s.from, s.to-s.from); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func collect(ctx context.Context, into []fiemap.Record, f *os.File) ([]fiemap.Record, error) {
+	for r, err := range fiemap.Extents(ctx, f, 0) {
+		if err != nil {
+			return into, err
+		}
+		into = append(into, r)
+	}
+	return into, nil
+}
+
+// span is the bytes [from, to).
+type span struct{ from, to int64 }
+
+// differing returns the ranges of a file of size bytes in which two listings do not prove it equal, rounded outward to
+// blocks and merged. Listings are ascending; what they do not mention is a hole.
+func differing(x, y []fiemap.Record, size, block int64) []span {
+	var spans []span
+	for at := int64(0); at < size; {
+		var p, q run
+		p, x = nextRun(x, at, size)
+		q, y = nextRun(y, at, size)
+		end := min(p.end, q.end)
+		if !p.equals(q) {
+			s := span{at / block * block, min(size, (end+block-1)/block*block)}
+			if n := len(spans); n > 0 && spans[n-1].to >= s.from {
+				spans[n-1].to = s.to
+			} else {
+				spans = append(spans, s)
+			}
+		}
+		at = end
+	}
+	return spans
+}
+
+// run is what a listing says about the bytes up to end: zeros, or blocks at an address that is shift more than the
+// offset, or nothing that proves anything.
+type run struct {
+	end   int64
+	zero  bool
+	plain bool
+	shift uint64
+}
+
+func (r run) equals(o run) bool {
+	return r.zero && o.zero || r.plain && o.plain && r.shift == o.shift
+}
+
+// nextRun returns what a listing says about at, and the rest of the listing that is still needed behind it.
+func nextRun(records []fiemap.Record, at, size int64) (run, []fiemap.Record) {
+	for len(records) > 0 && records[0].End() <= at {
+		records = records[1:]
+	}
+	if len(records) == 0 || records[0].Logical >= size {
+		return run{end: size, zero: true}, records
+	}
+	r := records[0]
+	if r.Logical > at {
+		return run{end: r.Logical, zero: true}, records
+	}
+	return run{
+		end:   min(r.End(), size),
+		zero:  r.Flags.Zero(),
+		plain: r.Flags.Plain(),
+		shift: r.Physical - uint64(r.Logical),
+	}, records
+}
