@@ -2,12 +2,13 @@ package fiemap
 
 import (
 	"context"
+	"errors"
 	"math"
+
+	"golang.org/x/sys/unix"
 
 	"stillpoint.io/stillpoint/cbt"
 	"stillpoint.io/stillpoint/fault"
-
-	"golang.org/x/sys/unix"
 )
 
 // comparison derives the difference of two files from their extents, window by window: a window is what one batch of
@@ -17,73 +18,75 @@ type comparison struct{ base, target *source }
 // stream lists what differs from an offset on, which is a multiple of the block, in pieces that may touch.
 func (c comparison) stream(ctx context.Context, from int64) cbt.Seq {
 	return func(yield func(cbt.Extent, error) bool) {
-		var base, target, again batch
-		look := content{base: c.base, target: c.target}
+		buf, look := new(buffers), content{base: c.base, target: c.target}
 		emit := func(e cbt.Extent) bool { return yield(e, nil) }
-		for pos := from; pos < c.target.size; {
-			if err := ctx.Err(); err != nil {
+		for pos, more := from, true; more && pos < c.target.size; {
+			var err error
+			if pos, more, err = c.step(ctx, pos, buf, &look, emit); err != nil {
 				yield(cbt.Extent{}, err)
-				return
-			}
-			b, t, err := c.read(pos, &base, &target, &again)
-			if err == nil {
-				err = c.base.settled()
-			}
-			if err == nil {
-				err = c.target.settled()
-			}
-			if err != nil {
-				yield(cbt.Extent{}, err)
-				return
-			}
-			end := min(b.end, t.end)
-			more := true
-			for pos < end && more {
-				x, y := b.at(pos), t.at(pos)
-				stop := min(x.end, y.end, end)
-				switch judge(x, y) {
-				case differs:
-					more = emit(cbt.Extent{Offset: pos, Length: stop - pos, Zero: y.kind == zero})
-				case unproved:
-					if more, err = look.compare(ctx, pos, stop, emit); err != nil {
-						yield(cbt.Extent{}, err)
-						return
-					}
-				}
-				pos = stop
-			}
-			if !more {
 				return
 			}
 		}
 	}
 }
 
-// read lists both files from pos on. Where extents move, it is content only when the base says the same before and
-// after the target was asked.
-func (c comparison) read(pos int64, base, target, again *batch) (b, t window, err error) {
+// step compares one window from pos on. It returns where the next one starts, and false when emit has had enough.
+func (c comparison) step(ctx context.Context, pos int64, buf *buffers, look *content, emit func(cbt.Extent) bool) (next int64, more bool, err error) {
+	if err := ctx.Err(); err != nil {
+		return pos, false, err
+	}
+	b, t, err := c.read(pos, buf)
+	if err != nil {
+		return pos, false, err
+	}
+	if err := errors.Join(c.base.settled(), c.target.settled()); err != nil {
+		return pos, false, err
+	}
+	more = true
+	for end := min(b.end, t.end); more && pos < end; {
+		x, y := b.at(pos), t.at(pos)
+		stop := min(x.end, y.end, end)
+		switch judge(x, y) {
+		case differs:
+			more = emit(cbt.Extent{Offset: pos, Length: stop - pos, Zero: y.kind == zero})
+		case unproved:
+			more, err = look.compare(ctx, pos, stop, emit)
+		}
+		pos = stop
+	}
+	return pos, more, err
+}
+
+// buffers are the batches of both files, and that of the base's second reading.
+type buffers struct{ base, target, again batch }
+
+// read lists both files from pos on, one after the other: two listings at once hinder each other on XFS (they take
+// turns for the allocation group, and together need five times as long). Where extents move, the answer counts only
+// when the base says the same before and after the target was asked, so that at the instant of the target's answer
+// both were as told.
+func (c comparison) read(pos int64, buf *buffers) (b, t window, err error) {
 	common := c.common()
 	if pos >= common {
-		b = window{end: math.MaxInt64, rest: absent}
-		t, err = c.target.window(pos, c.target.size, target)
+		b = window{end: c.target.size, rest: absent}
+		t, err = c.target.window(pos, c.target.size, &buf.target)
 		return b, t, err
 	}
 	for range 8 {
-		if b, err = c.base.window(pos, common, base); err != nil {
+		if b, err = c.base.window(pos, common, &buf.base); err != nil {
 			return b, t, err
 		}
-		if t, err = c.target.window(pos, c.target.size, target); err != nil {
+		if t, err = c.target.window(pos, c.target.size, &buf.target); err != nil {
 			return b, t, err
 		}
 		if c.base.filesystem != unix.BTRFS_SUPER_MAGIC {
 			return b, t, nil
 		}
-		a, err := c.base.window(pos, common, again)
+		again, err := c.base.window(pos, common, &buf.again)
 		if err != nil {
 			return b, t, err
 		}
-		b.end = min(a.end, b.end)
-		if agree(a, b, pos) {
+		b.end = min(b.end, again.end)
+		if agree(b, again, pos) {
 			return b, t, nil
 		}
 	}
