@@ -140,33 +140,33 @@ func (r reader) completeOverlay(f *Filesystem, options string) {
 		value = unescape(value)
 		switch key {
 		case "upperdir":
-			add(Upper, value)
+			add(Upper, splitFolders(value, false)...)
 		case "workdir":
-			add(Work, value)
-		case "lowerdir+", "datadir+":
-			add(Lower, value)
+			add(Work, splitFolders(value, false)...)
 		case "lowerdir":
-			add(Lower, splitLower(value)...)
+			add(Lower, splitFolders(value, true)...)
+		case "lowerdir+", "datadir+": // one folder each, without backslashes
+			add(Lower, value)
 		}
 	}
 }
 
-// splitLower splits a list of folders at its colons. A colon within a name has a backslash before it; an empty name
-// separates the layers that hold data only.
-func splitLower(list string) (folders []string) {
+// splitFolders undoes the backslashes that an overlay's options have before special characters in a name, and splits a
+// list at its bare colons; an empty name in it separates the layers that hold data only.
+func splitFolders(value string, list bool) (folders []string) {
 	var name strings.Builder
-	for i := 0; i <= len(list); i++ {
+	for i := 0; i <= len(value); i++ {
 		switch {
-		case i == len(list) || list[i] == ':':
+		case i == len(value) || list && value[i] == ':':
 			if name.Len() > 0 {
 				folders = append(folders, name.String())
 				name.Reset()
 			}
-		case list[i] == '\\' && i+1 < len(list):
+		case value[i] == '\\' && i+1 < len(value):
 			i++
-			name.WriteByte(list[i])
+			name.WriteByte(value[i])
 		default:
-			name.WriteByte(list[i])
+			name.WriteByte(value[i])
 		}
 	}
 	return folders

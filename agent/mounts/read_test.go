@@ -289,7 +289,10 @@ func TestUnescape(t *testing.T) {
 			t.Errorf("%q: got %q, want %q", in, got, want)
 		}
 	}
-	if got := splitLower(`/a\:b:/c::/d\\e:`); !slices.Equal(got, []string{"/a:b", "/c", `/d\e`}) {
+	if got := splitFolders(`/a\:b:/c::/d\\e:`, true); !slices.Equal(got, []string{"/a:b", "/c", `/d\e`}) {
+		t.Errorf("got %q", got)
+	}
+	if got := splitFolders(`/a\,b:c`, false); !slices.Equal(got, []string{"/a,b:c"}) {
 		t.Errorf("got %q", got)
 	}
 }
