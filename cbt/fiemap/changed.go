@@ -3,7 +3,6 @@ package fiemap
 import (
 	"context"
 	"errors"
-	"math"
 
 	"golang.org/x/sys/unix"
 
@@ -184,7 +183,8 @@ func agree(a, b window, pos int64) bool {
 	return true
 }
 
-// window reads a batch from pos on and rounds what does not fill blocks. It ends at limit or with the batch.
+// window reads a batch from pos on, in whole blocks (an inline extent may end anywhere). It ends at limit or with the
+// batch.
 func (s *source) window(pos, limit int64, b *batch) (window, error) {
 	if err := s.read(pos, b); err != nil {
 		return window{}, err
@@ -192,9 +192,7 @@ func (s *source) window(pos, limit int64, b *batch) (window, error) {
 	w := window{records: b.records, end: limit}
 	for i := range w.records {
 		r := &w.records[i]
-		if rest := r.End() % s.block; rest != 0 && r.Flags&opaque != 0 {
-			r.Length += min(s.block-rest, math.MaxInt64-r.End())
-		}
+		r.Length = s.roundUp(r.End()) - r.Logical
 	}
 	if n := len(w.records); n > 0 {
 		w.end = min(limit, w.records[n-1].End())

@@ -36,6 +36,9 @@ func (c *content) compare(ctx context.Context, pos, end int64, emit func(cbt.Ext
 		if err := c.target.fill(c.b, pos, n); err != nil {
 			return false, err
 		}
+		if err := errors.Join(c.base.settled(), c.target.settled()); err != nil {
+			return false, err
+		}
 		for i := int64(0); i < n; i += block {
 			j := min(i+block, n)
 			if !bytes.Equal(c.a[i:j], c.b[i:j]) && !emit(cbt.Extent{Offset: pos + i, Length: j - i}) {

@@ -283,9 +283,25 @@ func checkAllocated(t *testing.T, r *rand.Rand, p point) {
 	if d.BaseSize != 0 || d.TargetSize != int64(len(p.data)) {
 		t.Fatalf("delta %+v of a file of %d bytes", d, len(p.data))
 	}
-	got := apply(t, nil, p.data, list(t, d, from))
+	all := list(t, d, from)
+	got := apply(t, nil, p.data, all)
 	if !bytes.Equal(got[from:], p.data[from:]) {
 		t.Fatalf("%s from %d: there is data outside the allocated extents", p.Name(), from)
+	}
+	var written []cbt.Extent
+	for r, err := range fiemap.Extents(t.Context(), p.File, from) {
+		must(t, err)
+		if r.End() <= from || r.Logical >= d.TargetSize {
+			t.Fatalf("%s from %d: record %+v is outside", p.Name(), from, r)
+		}
+		if !r.Flags.Zero() {
+			written = append(written, cbt.Extent{Offset: r.Logical, Length: r.Length})
+		}
+	}
+	written, err = collect(cbt.Clip(cbt.Align(cbt.Of(written...), block, d.TargetSize), from, d.TargetSize))
+	must(t, err)
+	if !slices.Equal(written, all) {
+		t.Fatalf("%s from %d: allocated %v, records %v", p.Name(), from, all, written)
 	}
 }
 
@@ -369,10 +385,15 @@ func TestCompressedExtentsAreComparedByContent(t *testing.T) {
 	if x, y := first(base), first(target); x.Physical != y.Physical || x.Flags&y.Flags&fiemap.Encoded == 0 {
 		t.Fatalf("no trap was laid: %+v, %+v", x, y)
 	}
-	d, err := fiemap.Changed(t.Context(), base, target, 0)
+	direct, err := os.OpenFile(target.Name(), os.O_RDONLY|unix.O_DIRECT, 0)
 	must(t, err)
-	if got := list(t, d, 0); !slices.Equal(got, []cbt.Extent{{Offset: 0, Length: block}}) {
-		t.Errorf("got %v", got)
+	defer direct.Close()
+	for _, target := range []*os.File{target, direct} {
+		d, err := fiemap.Changed(t.Context(), base, target, 0)
+		must(t, err)
+		if got := list(t, d, 0); !slices.Equal(got, []cbt.Extent{{Offset: 0, Length: block}}) {
+			t.Errorf("got %v", got)
+		}
 	}
 }
 
@@ -451,6 +472,19 @@ func TestManyBatches(t *testing.T) {
 		if got := list(t, d, 0); len(got) != 5000 {
 			t.Errorf("allocated: %d extents, want 5000", len(got))
 		}
+		for name, open := range map[string]func() (cbt.Delta, error){
+			"changed":   func() (cbt.Delta, error) { return fiemap.Changed(t.Context(), base, target, 0) },
+			"allocated": func() (cbt.Delta, error) { return fiemap.Allocated(t.Context(), base, 0) },
+		} {
+			if allocs := testing.AllocsPerRun(1, func() {
+				d, err := open()
+				must(t, err)
+				_, err = cbt.Sum(d.Extents)
+				must(t, err)
+			}); allocs > 100 {
+				t.Errorf("%s: %v allocations for 5000 extents", name, allocs)
+			}
+		}
 	})
 }
 
@@ -495,8 +529,14 @@ func TestRefusals(t *testing.T) {
 	must(t, err)
 	defer dir.Close()
 	a, b := create(t, xfs.Mount+"/a"), create(t, xfs.Mount+"/b")
+	for _, d := range []string{"upper", "work", "merged"} {
+		must(t, os.Mkdir(filepath.Join(xfs.Mount, d), 0o700))
+	}
+	merged := xfs.Mount + "/merged" // the lab unmounts it
+	must(t, unix.Mount("overlay", merged, "overlay", 0, fmt.Sprintf("lowerdir=%[1]s,upperdir=%[2]s/upper,workdir=%[2]s/work", other.Mount, xfs.Mount)))
+	o := create(t, merged+"/o")
 	far, e, e2 := create(t, other.Mount+"/far"), create(t, ext4.Mount+"/e"), create(t, ext4.Mount+"/e2")
-	for _, f := range []*os.File{a, b, far, e, e2} {
+	for _, f := range []*os.File{a, b, far, e, e2, o} {
 		_, err := f.Write(make([]byte, 10000))
 		must(t, err)
 	}
@@ -528,6 +568,7 @@ func TestRefusals(t *testing.T) {
 		{"extents on tmpfs", extents(shm, 0), fault.Unsupported, shm.Name()},
 		{"changed on tmpfs", changed(shm, shm, 0), fault.Unsupported, shm.Name()},
 		{"changed on ext4", changed(e, e2, 0), fault.Unsupported, e2.Name()},
+		{"changed on overlayfs", changed(o, o, 0), fault.Unsupported, o.Name()},
 		{"count of a directory", count(dir), fault.Invalid, dir.Name()},
 		{"allocated of a directory", allocated(dir, 0), fault.Invalid, dir.Name()},
 		{"changed to a directory", changed(a, dir, 0), fault.Invalid, dir.Name()},
@@ -541,7 +582,7 @@ func TestRefusals(t *testing.T) {
 			t.Errorf("%s: %v, want %v", c.name, c.err, c.kind)
 		}
 	}
-	for name, err := range map[string]error{"the very end": allocated(a, 10000), "ext4": allocated(e, 0), "one file twice": changed(a, a, 0)} {
+	for name, err := range map[string]error{"the very end": allocated(a, 10000), "ext4": allocated(e, 0), "overlayfs": allocated(o, 0), "one file twice": changed(a, a, 0)} {
 		if err != nil {
 			t.Errorf("%s: %v", name, err)
 		}

@@ -128,48 +128,52 @@ func (s *source) walk(ctx context.Context, from int64, yield func(Record) bool) 
 		if len(b.records) == 0 {
 			return nil
 		}
-		from = b.records[len(b.records)-1].End()
+		from = s.roundUp(b.records[len(b.records)-1].End())
 	}
 	return nil
 }
 
+// roundUp returns the next multiple of the block, or the end of int64.
+func (s *source) roundUp(n int64) int64 {
+	if rest := n % s.block; rest != 0 {
+		return n + min(s.block-rest, math.MaxInt64-n)
+	}
+	return n
+}
+
 // sameSpace fails if an address in one file need not mean the same block as in the other.
 func sameSpace(a, b *source) error {
-	switch {
-	case a.filesystem != b.filesystem:
-		return apart(a, b)
-	case a.filesystem == unix.XFS_SUPER_MAGIC:
+	apart := fault.Errorf(fault.Invalid, "%s and %s do not lie on one filesystem, so they share no extents", a.f.Name(), b.f.Name())
+	if a.filesystem != b.filesystem {
+		return apart
+	}
+	switch a.filesystem {
+	case unix.XFS_SUPER_MAGIC:
 		if a.device != b.device {
-			return apart(a, b)
+			return apart
 		}
-		// The realtime device has addresses of its own (FS_XFLAG_REALTIME).
-		ra, err := a.realtime()
-		if err != nil {
-			return err
-		}
-		rb, err := b.realtime()
-		if err != nil {
+		// The realtime device has addresses of its own.
+		ra, errA := a.realtime()
+		rb, errB := b.realtime()
+		if err := errors.Join(errA, errB); err != nil {
 			return err
 		}
 		if ra != rb {
-			return fault.Errorf(fault.Unsupported, "%s and %s: one lies on the filesystem's realtime device, so their addresses cannot be compared", a.f.Name(), b.f.Name())
+			return fault.Errorf(fault.Unsupported, "%s and %s: one of them lies on the filesystem's realtime device, so their addresses cannot be compared", a.f.Name(), b.f.Name())
 		}
 		return nil
-	case a.filesystem == unix.BTRFS_SUPER_MAGIC:
+	case unix.BTRFS_SUPER_MAGIC:
 		if a.device == b.device {
 			return nil
 		}
 		// Each subvolume has a device number of its own.
-		ua, err := a.btrfs()
-		if err != nil {
-			return err
-		}
-		ub, err := b.btrfs()
-		if err != nil {
+		ua, errA := a.btrfs()
+		ub, errB := b.btrfs()
+		if err := errors.Join(errA, errB); err != nil {
 			return err
 		}
 		if ua != ub {
-			return apart(a, b)
+			return apart
 		}
 		return nil
 	default:
@@ -177,11 +181,7 @@ func sameSpace(a, b *source) error {
 	}
 }
 
-func apart(a, b *source) error {
-	return fault.Errorf(fault.Invalid, "%s and %s do not lie on one filesystem, so they share no extents", a.f.Name(), b.f.Name())
-}
-
-// realtime reports whether an XFS file lies on the realtime device (linux/fs.h: struct fsxattr).
+// realtime reports whether an XFS file lies on the realtime device (linux/fs.h: struct fsxattr, FS_XFLAG_REALTIME).
 func (s *source) realtime() (bool, error) {
 	var x struct {
 		flags, extsize, extents, project, cowsize uint32
