@@ -217,9 +217,8 @@ func TestBtrfsSubvolumesOnTwoDevices(t *testing.T) {
 		}
 	}
 	members := []Device{rdev(t, nodes[0]), rdev(t, nodes[1])}
-	slices.Sort(f.Members)
 	slices.Sort(members)
-	same(t, "members", f.Members, members)
+	same(t, "members", slices.Sorted(slices.Values(f.Members)), members)
 	same(t, "uncovered", n.Uncovered(f.ID, members[0]), members[1:])
 	if m, err := n.OpenAt(f.ID); err != nil || m.Point != top {
 		t.Errorf("opened at %+v, %v", m, err)
@@ -269,6 +268,34 @@ func TestLogsAndJournalsOnOtherDevices(t *testing.T) {
 	}
 	f, _ := n.Filesystem(rdev(t, plain.Device))
 	same(t, "a journal of its own", f.Members, []Device{f.ID})
+}
+
+// This kernel need not have f2fs: the devices are read from the disk, as mkfs wrote them.
+func TestF2FSOnTwoDevices(t *testing.T) {
+	l := lab.Test(t)
+	var nodes []string
+	for i := range 3 {
+		path := fmt.Sprint(l.Dir, "/disk", i)
+		must(t, lab.Sparse(path, 100<<20))
+		device, f, err := lab.Loop(path)
+		must(t, err)
+		defer f.Close()
+		nodes = append(nodes, device)
+	}
+	run(t, "mkfs.f2fs", "-q", "-f", "-c", nodes[1], nodes[0])
+	run(t, "mkfs.f2fs", "-q", "-f", nodes[2])
+	devices, names, err := Host{}.blockDevices()
+	must(t, err)
+	r := reader{names: names, table: New(nil, devices)}
+	several := Filesystem{ID: rdev(t, nodes[0]), Type: "f2fs"}
+	r.complete(&several, "")
+	same(t, "two devices", several.Members, []Device{rdev(t, nodes[0]), rdev(t, nodes[1])})
+	one := Filesystem{ID: rdev(t, nodes[2]), Type: "f2fs"}
+	r.complete(&one, "")
+	same(t, "one device", one.Members, []Device{rdev(t, nodes[2])})
+	if several.Unknown+one.Unknown != "" {
+		t.Errorf("unknown: %s, %s", several.Unknown, one.Unknown)
+	}
 }
 
 func TestOverlayOverAVolume(t *testing.T) {
@@ -382,6 +409,29 @@ func TestPartitions(t *testing.T) {
 	if _, err := (Host{}).Hidden(t.Context(), n, MakeDevice(7, 1<<19)); !errors.Is(err, fault.NotFound) {
 		t.Errorf("no such device: %v", err)
 	}
+}
+
+func TestDeviceHeldInAnotherMountNamespace(t *testing.T) {
+	l := lab.Test(t)
+	v := volume(t, l, l.Dir, "v", "ext4")
+	id := rdev(t, v.Device)
+	other := exec.CommandContext(t.Context(), "unshare", "--mount", "--kill-child", "sh", "-c", "echo ready; exec sleep 600")
+	other.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGKILL}
+	out, err := other.StdoutPipe()
+	must(t, err)
+	must(t, other.Start())
+	_, err = out.Read(make([]byte, 1))
+	must(t, err)
+	must(t, unix.Unmount(v.Mount, 0))
+	n := read(t)
+	if on, err := n.On(id); err != nil || len(on) != 0 {
+		t.Errorf("on the device: %v, %v", on, err)
+	}
+	hidden, err := Host{}.Hidden(t.Context(), n, id)
+	must(t, err)
+	same(t, "held by another namespace", hidden, []Device{id})
+	must(t, other.Process.Kill())
+	other.Wait()
 }
 
 func TestWriteCountersSwitchedOff(t *testing.T) {

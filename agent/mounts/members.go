@@ -1,6 +1,7 @@
 package mounts
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"maps"
@@ -14,7 +15,7 @@ import (
 
 // complete finds what a filesystem stands on besides the device of its number.
 func (r reader) complete(f *Filesystem, options string) {
-	if own, ok := r.table.Device(f.ID); ok && !remote(f.Type) {
+	if own, ok := r.table.Device(f.ID); ok {
 		f.Members = []Device{own.ID}
 	}
 	switch f.Type {
@@ -24,6 +25,8 @@ func (r reader) complete(f *Filesystem, options string) {
 		r.completeXFS(f, options)
 	case "ext3", "ext4":
 		r.completeExt(f)
+	case "f2fs":
+		r.completeF2FS(f)
 	case "overlay":
 		r.completeOverlay(f, options)
 	}
@@ -116,6 +119,39 @@ func (r reader) completeExt(f *Filesystem) {
 		return
 	}
 	f.Members = slices.AppendSeq(f.Members, maps.Values(journals))
+}
+
+// completeF2FS reads the devices from the superblock, because the kernel shows them nowhere (include/linux/f2fs_fs.h,
+// struct f2fs_super_block: devs). The list is empty when there is only one, and begins with that one otherwise.
+func (r reader) completeF2FS(f *Filesystem) {
+	const superblock, list, entry, count, nameLen = 1024, 2201, 68, 8, 64
+	own, ok := r.table.Device(f.ID)
+	if !ok {
+		return
+	}
+	disk, err := r.openDevice(own, 0)
+	if err != nil {
+		f.Unknown = "its superblock cannot be read: " + err.Error()
+		return
+	}
+	defer disk.Close()
+	var devs [count * entry]byte
+	if _, err := disk.ReadAt(devs[:], superblock+list); err != nil {
+		f.Unknown = "its superblock cannot be read: " + err.Error()
+		return
+	}
+	for i := range count {
+		name, _, _ := bytes.Cut(devs[i*entry:][:nameLen], []byte{0})
+		if i == 0 || len(name) == 0 {
+			continue
+		}
+		id, err := r.device(string(name))
+		if err != nil {
+			f.Unknown = err.Error()
+			return
+		}
+		f.Members = append(f.Members, id)
+	}
 }
 
 // completeOverlay reads the layers from the options (kernel: Documentation/filesystems/overlayfs.rst). They are names

@@ -13,8 +13,8 @@
 // No path of a network, FUSE or autofs filesystem, or of one behind it, is ever opened or looked at: its server may
 // never answer, and a call that waits for it cannot be interrupted.
 //
-// What cannot be seen from here: mounts of another mount namespace (Host.Hidden finds that somebody holds a device), a
-// filesystem that another node has mounted too, and the further devices of an f2fs made on several.
+// What cannot be seen from here: mounts of another mount namespace (Host.Hidden finds that somebody holds a device), and
+// that another node has mounted a filesystem too.
 package mounts
 
 import (
@@ -46,7 +46,7 @@ type Mount struct {
 	Filesystem Device
 	// Root is the folder of the filesystem that is to be seen at Point: "/" for all of it.
 	Root  string
-	Point string
+	Point string // where it is to be seen: a folder, or a file if Root is one
 	// ReadOnly is of this mount; the superblock may be writable through another one.
 	ReadOnly bool
 }
@@ -59,8 +59,8 @@ type Filesystem struct {
 	ReadOnly bool   // the superblock itself
 	Mounts   []Mount
 
-	// Members are all the block devices that it stands on: every device of a btrfs, an external journal, a log and a
-	// realtime device included. None for what needs no device, and for what is Remote.
+	// Members are all the block devices that it stands on: every device of a btrfs or f2fs, an external journal, a log
+	// and a realtime device included. None for what needs no device.
 	Members []Device
 	// Layers are the folders of an overlay.
 	Layers []Layer
@@ -116,8 +116,8 @@ type BlockDevice struct {
 }
 
 // Backing is the file behind a loop device. Device and Inode are the file's own as stat(2) gives them, asked of the
-// loop device itself, so neither a rename nor another file under the same name changes them; 0 when they could not be
-// asked.
+// loop device itself, so neither a rename nor another file under the same name changes them. They are 0 when they could
+// not be asked, and when Path leads to a remote filesystem, which is then Filesystem.
 type Backing struct {
 	Path    string // as the kernel names it now; the last name it had if it is Deleted
 	Deleted bool
@@ -128,7 +128,8 @@ type Backing struct {
 	Unknown    string
 }
 
-// Table is the state of a node's mounts and block devices at one moment. It does not change; copies are cheap.
+// Table is the state of a node's mounts and block devices at one moment. It does not change, and neither may what it
+// answers be changed: the slices are its own. Copies are cheap.
 type Table struct {
 	filesystems []Filesystem // as first mounted
 	devices     []BlockDevice
@@ -167,7 +168,7 @@ func New(filesystems []Filesystem, devices []BlockDevice) Table {
 			t.byStat[d] = i
 		}
 		f.Remote = remote(f.Type)
-		if _, ok := t.byDevice[f.ID]; ok && len(f.Members) == 0 && !f.Remote {
+		if _, ok := t.byDevice[f.ID]; ok && len(f.Members) == 0 {
 			f.Members = []Device{f.ID}
 		}
 		f.Mounts = slices.Clone(f.Mounts)

@@ -2,6 +2,7 @@ package mounts
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -9,6 +10,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -71,6 +74,7 @@ func recorded() map[string]string {
 38 27 254:1 /var//deleted /gone rw,relatime - ext4 /dev/root rw
 39 27 7:0 / /loop rw - ext4 /dev/loop0 rw
 40 27 7:1 / /loop1 rw - ext4 /dev/loop1 rw
+41 27 8:64 / /ntfs rw - fuseblk /dev/sde rw
 `,
 		"/lnk→":                     "/ext",
 		"/ext/up,per/x":             "",
@@ -129,8 +133,7 @@ func TestReadARecordedNode(t *testing.T) {
 	if fs("/b2").ID != b.ID || len(b.Mounts) != 2 || b.Mounts[0].Root != "/sub1" || !b.Mounts[1].ReadOnly || b.ReadOnly {
 		t.Errorf("btrfs: %+v", b)
 	}
-	slices.Sort(b.Members)
-	same(t, "btrfs", b.Members, []Device{sd(3), MakeDevice(104, 0)})
+	same(t, "btrfs", slices.Sorted(slices.Values(b.Members)), []Device{sd(3), MakeDevice(104, 0)})
 
 	same(t, "ext4 with an external journal", fs("/ext").Members, []Device{sd(5), sd(6)})
 	same(t, "ext4 with its own", fs("/ext2").Members, []Device{sd(7)})
@@ -151,6 +154,10 @@ func TestReadARecordedNode(t *testing.T) {
 	}
 	if root := fs("/"); len(root.Mounts) != 2 || root.Mounts[1].Root != "/var//deleted" {
 		t.Errorf("root: %+v", root)
+	}
+
+	if on, _ := n.On(sd(4)); len(on) != 1 || on[0].Type != "fuseblk" || !on[0].Remote {
+		t.Errorf("a FUSE filesystem on a disk: %+v", on)
 	}
 
 	l := fs("/loop")
@@ -361,5 +368,30 @@ func TestLookRefusesRemotePaths(t *testing.T) {
 	r := reader{table: stacked(at{"ext4", 0, "/"}, at{"fuse", 1, "/f"})}
 	if _, err := r.look("/f/x"); !errors.Is(err, unix.EREMOTE) {
 		t.Errorf("got %v", err)
+	}
+}
+
+func TestADeviceThatNeverAnswersEndsWithTheContext(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		release := make(chan struct{})
+		defer close(release)
+		_, err := answer(ctx, "loop0", func() (int, error) { <-release; return 0, nil })
+		if !errors.Is(err, fault.Unavailable) || !strings.HasPrefix(err.Error(), "loop0: ") {
+			t.Errorf("got %v", err)
+		}
+	})
+}
+
+func TestACancelledReadIsUnavailable(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	h := fakeHost(t, recorded())
+	if _, err := h.Read(ctx); !errors.Is(err, fault.Unavailable) {
+		t.Errorf("reading: %v", err)
+	}
+	if _, err := h.Counters(ctx, MakeDevice(8, 0)); !errors.Is(err, fault.Unavailable) {
+		t.Errorf("counting: %v", err)
 	}
 }
