@@ -1,10 +1,28 @@
 package repository
 
 import (
+	"cmp"
 	"context"
+	"encoding/hex"
+	"encoding/json"
 	"errors"
+	"fmt"
+	"io/fs"
+	"math/bits"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/kopia/kopia/repo"
+	"github.com/kopia/kopia/repo/blob"
+	"github.com/kopia/kopia/repo/content"
+	"github.com/kopia/kopia/repo/format"
+	"github.com/kopia/kopia/repo/hashing"
+	"github.com/kopia/kopia/repo/maintenance"
+	"golang.org/x/sys/unix"
 
 	"stillpoint.io/stillpoint/adapters"
+	"stillpoint.io/stillpoint/fault"
 )
 
 // Location says where a repository is.
@@ -19,6 +37,9 @@ func (l Location) String() string { return l.Path }
 type Options struct {
 	// ChunkSize is the unit of change, in bytes: a power of two from MinChunkSize to MaxChunkSize, 0 for DefaultChunkSize.
 	ChunkSize int64
+	// Host is the cluster or host whose agents will run kopia's maintenance, the machine's host name if empty. It should
+	// be the one that they open the repository with.
+	Host string
 }
 
 const (
@@ -32,44 +53,239 @@ type OpenOptions struct {
 	Remote   string // the remote's name in handles, "default" if empty
 	Host     string // the cluster or host that backups are filed under, the machine's host name if empty
 	ReadOnly bool   // every change is refused, also by kopia
+	// Cache is a folder for local copies of the repository's content index, safe to lose and to share with other
+	// processes; worth it from some hundred GiB of data on. If empty, the index is in memory while the repository is open.
+	Cache string
 }
 
 // Repository is an open kopia repository. Its methods are safe in parallel. Close it.
-type Repository struct{}
+type Repository struct {
+	at       Location
+	remote   string
+	host     string
+	settings settings
+	kopia    repo.DirectRepository
+	hash     hashing.HashFunc
+	zeros    zeros
+}
+
+// settings is the manifest, of type settingsType, by which a kopia repository is one of ours.
+type settings struct {
+	Version   int   `json:"version"`    // of the layout of a backup; layoutVersion
+	ChunkSize int64 `json:"chunk_size"` // bytes
+}
+
+const (
+	settingsType  = "stillpoint"
+	layoutVersion = 1
+	userName      = "stillpoint" // in kopia's source, before the @
+)
 
 // Init creates an empty repository. The folder is made if it is not there; Busy if there is a repository already,
 // Invalid if there is anything else or an option is out of range.
 func Init(ctx context.Context, at Location, passphrase adapters.Secret, o Options) error {
-	return errors.ErrUnsupported
+	o.ChunkSize = cmp.Or(o.ChunkSize, DefaultChunkSize)
+	if o.ChunkSize < MinChunkSize || o.ChunkSize > MaxChunkSize || bits.OnesCount64(uint64(o.ChunkSize)) != 1 {
+		return fault.Errorf(fault.Invalid, "chunk size %d: must be a power of two from %d to %d", o.ChunkSize, MinChunkSize, MaxChunkSize)
+	}
+	if passphrase.Reveal() == "" {
+		return fault.Errorf(fault.Invalid, "repository %s: the passphrase is empty", at)
+	}
+	entries, err := os.ReadDir(at.Path)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return at.fault("creating", err)
+	}
+	if len(entries) > 0 {
+		if _, err := os.Stat(filepath.Join(at.Path, format.KopiaRepositoryBlobID+".f")); err == nil {
+			return fault.Errorf(fault.Busy, "repository %s: there is one already", at)
+		}
+		return fault.Errorf(fault.Invalid, "repository %s: the folder is not empty; choose an empty or a new one", at)
+	}
+	st, err := openFolder(ctx, &folderOptions{Path: at.Path}, true)
+	if err != nil {
+		return at.fault("creating", err)
+	}
+	err = repo.Initialize(ctx, st, &repo.NewRepositoryOptions{
+		BlockFormat:  format.ContentFormat{Hash: "BLAKE3-256", Encryption: "AES256-GCM-HMAC-SHA256"},
+		ObjectFormat: format.ObjectFormat{Splitter: "FIXED-1M"}, // of kopia's own files, and of our indexes' top level
+	}, passphrase.Reveal())
+	if errors.Is(err, repo.ErrAlreadyInitialized) {
+		return fault.Errorf(fault.Busy, "repository %s: there is one already", at)
+	} else if err != nil {
+		return at.fault("creating", err)
+	}
+	host, err := hostOr(o.Host)
+	if err != nil {
+		return err
+	}
+	k, err := connect(ctx, at, passphrase, OpenOptions{Host: host})
+	if err != nil {
+		return err
+	}
+	err = repo.WriteSession(ctx, k, repo.WriteSessionOptions{Purpose: "stillpoint init"}, func(ctx context.Context, w repo.RepositoryWriter) error {
+		p := maintenance.DefaultParams()
+		p.Owner = k.ClientOptions().UsernameAtHost()
+		if err := maintenance.SetParams(ctx, w, &p); err != nil {
+			return err
+		}
+		_, err := w.PutManifest(ctx, map[string]string{"type": settingsType}, settings{Version: layoutVersion, ChunkSize: o.ChunkSize})
+		return err
+	})
+	return at.fault("creating", errors.Join(err, k.Close(ctx)))
+}
+
+func hostOr(name string) (string, error) {
+	if name != "" {
+		return name, nil
+	}
+	name, err := os.Hostname()
+	if err != nil {
+		return "", fmt.Errorf("the name of this host: %w", err)
+	}
+	return name, nil
 }
 
 // Open opens a repository that Init made. NotFound if there is none, Invalid if the passphrase is wrong or the
 // repository is not one of ours.
 func Open(ctx context.Context, at Location, passphrase adapters.Secret, o OpenOptions) (*Repository, error) {
-	return nil, errors.ErrUnsupported
+	var err error
+	if o.Host, err = hostOr(o.Host); err != nil {
+		return nil, err
+	}
+	k, err := connect(ctx, at, passphrase, o)
+	if err != nil {
+		return nil, err
+	}
+	r := &Repository{
+		at: at, remote: cmp.Or(o.Remote, "default"), host: o.Host, kopia: k,
+		hash: k.FormatManager().HashFunc(),
+	}
+	if err := r.loadSettings(ctx); err != nil {
+		return nil, errors.Join(err, k.Close(ctx))
+	}
+	return r, nil
+}
+
+func (r *Repository) loadSettings(ctx context.Context) error {
+	found, err := r.kopia.FindManifests(ctx, map[string]string{"type": settingsType})
+	if err != nil {
+		return r.at.fault("reading", err)
+	}
+	if len(found) == 0 {
+		return fault.Errorf(fault.Invalid, "repository %s: a kopia repository that `stillpoint remote init` did not make; give Stillpoint one of its own", r.at)
+	}
+	if _, err := r.kopia.GetManifest(ctx, found[0].ID, &r.settings); err != nil {
+		return r.at.fault("reading", err)
+	}
+	if r.settings.Version != layoutVersion {
+		return fault.Errorf(fault.Unsupported, "repository %s: its layout is version %d, this program knows %d; use a newer one", r.at, r.settings.Version, layoutVersion)
+	}
+	return nil
+}
+
+// connect opens the repository with kopia. Kopia wants its configuration in a file: one in memory, without the
+// passphrase.
+func connect(ctx context.Context, at Location, passphrase adapters.Secret, o OpenOptions) (repo.DirectRepository, error) {
+	registerFolder()
+	if _, err := os.Stat(filepath.Join(at.Path, format.KopiaRepositoryBlobID+".f")); errors.Is(err, fs.ErrNotExist) {
+		return nil, fault.Errorf(fault.NotFound, "repository %s: there is none; `stillpoint remote init` makes one", at)
+	} else if err != nil {
+		return nil, at.fault("opening", err)
+	}
+	config, err := json.Marshal(repo.LocalConfig{
+		Storage: &blob.ConnectionInfo{Type: folderType, Config: &folderOptions{Path: at.Path}},
+		Caching: &content.CachingOptions{CacheDirectory: o.Cache},
+		ClientOptions: repo.ClientOptions{
+			Hostname: o.Host, Username: userName, Description: at.String(), ReadOnly: o.ReadOnly,
+			FormatBlobCacheDuration: format.DefaultRepositoryBlobCacheDuration,
+		},
+	})
+	if err != nil {
+		return nil, err
+	}
+	fd, err := unix.MemfdCreate("stillpoint-kopia-config", unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("memfd_create: %w", err)
+	}
+	file := os.NewFile(uintptr(fd), fmt.Sprintf("/proc/self/fd/%d", fd))
+	defer file.Close()
+	if _, err := file.Write(config); err != nil {
+		return nil, err
+	}
+	k, err := repo.Open(ctx, file.Name(), passphrase.Reveal(), &repo.Options{
+		DisableRepositoryLog: true,
+		DoNotWaitForUpgrade:  true,
+		OnFatalError:         func(error) {}, // the same error is returned; kopia's default ends the process
+	})
+	if errors.Is(err, repo.ErrInvalidPassword) {
+		return nil, fault.Errorf(fault.Invalid, "repository %s: wrong passphrase", at)
+	} else if err != nil {
+		return nil, at.fault("opening", err)
+	}
+	return k.(repo.DirectRepository), nil
 }
 
 // Close releases everything. No call may be under way, and none may follow.
-func (r *Repository) Close(ctx context.Context) error { return nil }
+func (r *Repository) Close(ctx context.Context) error {
+	return r.at.fault("closing", r.kopia.Close(ctx))
+}
 
 // Remote is the name that handles of this repository's backups begin with.
-func (r *Repository) Remote() string { return "" }
+func (r *Repository) Remote() string { return r.remote }
 
 // ChunkSize is the unit of change, in bytes.
-func (r *Repository) ChunkSize() int64 { return 0 }
+func (r *Repository) ChunkSize() int64 { return r.settings.ChunkSize }
 
 // Status is what a repository says about itself.
 type Status struct {
-	Remote    string `json:"remote"`
-	Location  string `json:"location"`
-	ID        string `json:"id"`         // kopia's unique id, hexadecimal
-	ChunkSize int64  `json:"chunk_size"` // bytes
-	Backups   int    `json:"backups"`
-	Volumes   int    `json:"volumes"`
-	Stored    int64  `json:"stored_bytes"` // everything in the folder, bytes
+	Remote    string    `json:"remote"`
+	Location  string    `json:"location"`
+	ID        string    `json:"id"`         // kopia's unique id, hexadecimal
+	ChunkSize int64     `json:"chunk_size"` // bytes
+	Backups   int       `json:"backups"`
+	Volumes   int       `json:"volumes"`
+	Newest    time.Time `json:"newest,omitzero"` // the instant of the newest snapshot that is backed up
+	Stored    int64     `json:"stored_bytes"`    // all blobs together
 }
 
 // Status counts what is in the repository. It lists every blob.
 func (r *Repository) Status(ctx context.Context) (Status, error) {
-	return Status{}, errors.ErrUnsupported
+	backups, err := r.Backups(ctx, Filter{})
+	if err != nil {
+		return Status{}, err
+	}
+	s := Status{Remote: r.remote, Location: r.at.String(), ID: hex.EncodeToString(r.kopia.UniqueID()), ChunkSize: r.ChunkSize(), Backups: len(backups)}
+	volumes := map[adapters.VolumeID]bool{}
+	for _, b := range backups {
+		volumes[b.Volume] = true
+		if b.Created.After(s.Newest) {
+			s.Newest = b.Created
+		}
+	}
+	s.Volumes = len(volumes)
+	err = r.kopia.BlobReader().ListBlobs(ctx, "", func(m blob.Metadata) error {
+		s.Stored += m.Length
+		return nil
+	})
+	return s, r.at.fault("listing", err)
+}
+
+// fault gives an error of kopia or of the medium its kind. doing says what failed, as in "opening".
+func (l Location) fault(doing string, err error) error {
+	if err == nil {
+		return nil
+	}
+	kind, remedy := fault.KindOf(err), ""
+	switch {
+	case kind != fault.Internal:
+	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
+		kind, remedy = fault.Exhausted, "; make room, or forget backups and run maintenance"
+	case errors.Is(err, unix.EROFS), errors.Is(err, fs.ErrPermission):
+		kind, remedy = fault.Invalid, "; it cannot be written from here"
+	case errors.Is(err, blob.ErrBlobNotFound), errors.Is(err, content.ErrContentNotFound), errors.Is(err, blob.ErrInvalidRange):
+		kind = fault.Corrupt
+	case errors.Is(err, unix.ENOTCONN), errors.Is(err, unix.ESTALE), errors.Is(err, unix.ETIMEDOUT), errors.Is(err, unix.EIO):
+		kind = fault.Unavailable
+	}
+	return fault.Errorf(kind, "%s repository %s: %w%s", doing, l, err, remedy)
 }

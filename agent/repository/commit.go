@@ -1,0 +1,226 @@
+package repository
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math"
+	"path"
+	"strings"
+
+	"github.com/kopia/kopia/fs"
+	"github.com/kopia/kopia/repo/blob/readonly"
+	"github.com/kopia/kopia/repo/content"
+	"github.com/kopia/kopia/repo/manifest"
+	"github.com/kopia/kopia/repo/object"
+	"github.com/kopia/kopia/snapshot"
+
+	"stillpoint.io/stillpoint/fault"
+)
+
+const (
+	imageName       = "disk.img"
+	descriptionName = "volume.json"
+)
+
+// Commit makes the backup be, in this order: all data and indexes are made durable; what describes the backup, its
+// whole top level and the sample (chunks of the image, by their offsets) are read back from the medium, by a reader
+// that knows nothing of what was written; the manifest is written and made durable; it is read back the same way. If
+// another process committed the same id meanwhile, its backup is returned when it is of the same snapshot, and the
+// error is Busy when it is not.
+func (w *Writer) Commit(ctx context.Context, b Backup, sample []int64) (Backup, error) {
+	m, err := w.describe(ctx, &b)
+	if err != nil {
+		return Backup{}, err
+	}
+	if err := w.kopia.Flush(ctx); err != nil {
+		return Backup{}, w.r.at.fault("writing to", err)
+	}
+	back, err := w.r.reopen(ctx)
+	if err != nil {
+		return Backup{}, err
+	}
+	defer back.close(ctx)
+	if err := back.check(ctx, b, sample); err != nil {
+		return Backup{}, fmt.Errorf("reading back backup %s: %w", b.ID, err)
+	}
+	id, err := snapshot.SaveSnapshot(ctx, w.kopia, m)
+	if err == nil {
+		err = w.kopia.Flush(ctx)
+	}
+	if err != nil {
+		return Backup{}, w.r.at.fault("writing to", err)
+	}
+	if err := back.contents.Refresh(ctx); err != nil {
+		return Backup{}, w.r.corrupt(err)
+	}
+	got, err := w.r.lookup(ctx, back, b.ID)
+	switch {
+	case err != nil:
+		return Backup{}, fmt.Errorf("reading back backup %s: %w", b.ID, err)
+	case got.manifest == id:
+		return got, nil
+	}
+	if err := w.r.deleteManifest(ctx, id); err != nil {
+		return Backup{}, err
+	}
+	if got.Snapshot != b.Snapshot {
+		return Backup{}, fault.Errorf(fault.Busy, "backup %s: somebody else used this id for %s meanwhile; choose another", got.Handle, got.Snapshot)
+	}
+	return got, nil
+}
+
+// describe writes volume.json and the directory, and makes the manifest.
+func (w *Writer) describe(ctx context.Context, b *Backup) (*snapshot.Manifest, error) {
+	b.Handle = Handle{}
+	text, err := json.Marshal(b)
+	if err != nil {
+		return nil, err
+	}
+	var pretty bytes.Buffer
+	if err := json.Indent(&pretty, text, "", "  "); err != nil {
+		return nil, err
+	}
+	pretty.WriteByte('\n')
+	file, err := w.put(ctx, pretty.Bytes(), "", content.NoCompression)
+	if err != nil {
+		return nil, err
+	}
+	at := fs.UTCTimestampFromTime(b.Created)
+	summary := &fs.DirectorySummary{TotalFileSize: b.Size + int64(pretty.Len()), TotalFileCount: 2, TotalDirCount: 1, MaxModTime: at}
+	directory, err := json.Marshal(snapshot.DirManifest{
+		StreamType: "kopia:directory",
+		Entries: []*snapshot.DirEntry{
+			{Name: imageName, Type: snapshot.EntryTypeFile, Permissions: 0o600, FileSize: b.Size, ModTime: at, ObjectID: b.Image.id},
+			{Name: descriptionName, Type: snapshot.EntryTypeFile, Permissions: 0o600, FileSize: int64(pretty.Len()), ModTime: at, ObjectID: object.DirectObjectID(file)},
+		},
+		Summary: summary,
+	})
+	if err != nil {
+		return nil, err
+	}
+	root, err := w.put(ctx, append(directory, '\n'), "k", indexCompressor)
+	if err != nil {
+		return nil, err
+	}
+	b.root = object.DirectObjectID(root)
+	return &snapshot.Manifest{
+		Source:      snapshot.SourceInfo{Host: w.r.host, UserName: userName, Path: "/" + b.Volume.Backend + "/" + strings.TrimPrefix(b.Volume.ID, "/")},
+		Description: "Stillpoint backup of " + b.Snapshot.Full(),
+		StartTime:   fs.UTCTimestampFromTime(b.Created), // kopia orders and expires by it
+		EndTime:     fs.UTCTimestampFromTime(b.Finished),
+		Stats:       snapshot.Stats{TotalFileSize: summary.TotalFileSize, TotalFileCount: 2, TotalDirectoryCount: 1},
+		RootEntry:   &snapshot.DirEntry{Name: path.Base(b.Volume.ID), Type: snapshot.EntryTypeDirectory, Permissions: 0o700, ModTime: at, ObjectID: b.root, DirSummary: summary},
+		Tags:        map[string]string{idLabel: b.ID, volumeLabel: b.Volume.String(), descriptionLabel: string(text)},
+	}, nil
+}
+
+// reader reads the repository from its medium, with no memory and no cache in between.
+type reader struct {
+	r        *Repository
+	shared   *content.SharedManager
+	contents *content.WriteManager
+	*manifestReader
+}
+
+type manifestReader struct{ m *manifest.Manager }
+
+func (m *manifestReader) FindManifests(ctx context.Context, labels map[string]string) ([]*manifest.EntryMetadata, error) {
+	return m.m.Find(ctx, labels)
+}
+
+func (m *manifestReader) GetManifest(ctx context.Context, id manifest.ID, data any) (*manifest.EntryMetadata, error) {
+	return m.m.Get(ctx, id, data)
+}
+
+func (r *Repository) reopen(ctx context.Context) (*reader, error) {
+	st, err := openFolder(ctx, &folderOptions{Path: r.at.Path}, false)
+	if err != nil {
+		return nil, r.at.fault("opening", err)
+	}
+	shared, err := content.NewSharedManager(ctx, readonly.NewWrapper(st), r.kopia.FormatManager(), nil, nil, nil, nil)
+	if err != nil {
+		return nil, r.at.fault("opening", err)
+	}
+	contents := content.NewWriteManager(ctx, shared, content.SessionOptions{}, "")
+	m, err := manifest.NewManager(ctx, contents, manifest.ManagerOptions{AutoCompactionThreshold: math.MaxInt}, nil)
+	if err != nil {
+		return nil, errors.Join(r.at.fault("opening", err), shared.CloseShared(ctx))
+	}
+	return &reader{r, shared, contents, &manifestReader{m}}, nil
+}
+
+func (b *reader) close(ctx context.Context) error { return b.shared.CloseShared(ctx) }
+
+// check reads the directory, the description, the top level and the sample of a backup.
+func (b *reader) check(ctx context.Context, want Backup, sample []int64) error {
+	if err := b.r.checkDescription(ctx, b.contents, want); err != nil {
+		return err
+	}
+	image, err := b.r.openImage(ctx, b.contents, want.Image, want.Size)
+	if err != nil {
+		return err
+	}
+	p := make([]byte, b.r.ChunkSize())
+	for _, off := range sample {
+		n := min(int64(len(p)), want.Size-off)
+		if _, err := image.ReadAt(ctx, p[:n], off); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// CheckDescription makes sure that what the repository says about a backup in three places (manifest, directory,
+// volume.json) is one and the same. Corrupt if it is not.
+func (r *Repository) CheckDescription(ctx context.Context, b Backup) error {
+	return r.checkDescription(ctx, r.kopia.ContentReader(), b)
+}
+
+func (r *Repository) checkDescription(ctx context.Context, from content.Reader, b Backup) error {
+	var directory snapshot.DirManifest
+	if err := r.readJSON(ctx, from, b.root, &directory); err != nil {
+		return err
+	}
+	objects := map[string]object.ID{}
+	for _, e := range directory.Entries {
+		objects[e.Name] = e.ObjectID
+	}
+	if len(objects) != 2 || objects[imageName] != b.Image.id {
+		return fault.Errorf(fault.Corrupt, "backup %s: its directory does not hold the image %s", b.ID, b.Image)
+	}
+	var stored Backup
+	if err := r.readJSON(ctx, from, objects[descriptionName], &stored); err != nil {
+		return err
+	}
+	b.Handle = Handle{}
+	want, err := json.Marshal(b)
+	if err != nil {
+		return err
+	}
+	got, err := json.Marshal(stored)
+	if err != nil {
+		return err
+	}
+	if !bytes.Equal(got, want) {
+		return fault.Errorf(fault.Corrupt, "backup %s: volume.json says %s, the manifest %s", b.ID, got, want)
+	}
+	return nil
+}
+
+func (r *Repository) readJSON(ctx context.Context, from content.Reader, id object.ID, v any) error {
+	cid, _, ok := id.ContentID()
+	if !ok {
+		return fault.Errorf(fault.Corrupt, "object %s is not one that Stillpoint writes", id)
+	}
+	p, err := r.read(ctx, from, cid)
+	if err != nil {
+		return err
+	}
+	if err := json.Unmarshal(p, v); err != nil {
+		return fault.Errorf(fault.Corrupt, "object %s: %w", id, err)
+	}
+	return nil
+}
