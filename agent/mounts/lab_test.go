@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -434,22 +433,6 @@ func TestDeviceHeldInAnotherMountNamespace(t *testing.T) {
 	other.Wait()
 }
 
-func TestWriteCountersSwitchedOff(t *testing.T) {
-	l := lab.Test(t)
-	v := volume(t, l, l.Dir, "v", "ext4")
-	setting := "/sys/block/" + filepath.Base(v.Device) + "/queue/iostats"
-	must(t, os.WriteFile(setting, []byte("0"), 0))
-	t.Cleanup(func() { os.WriteFile(setting, []byte("1"), 0) }) // the loop device outlives the test
-	c, err := Host{}.Counters(t.Context(), rdev(t, v.Device))
-	must(t, err)
-	if c[0].Kept {
-		t.Errorf("got %+v", c)
-	}
-	if d, _ := read(t).Device(rdev(t, v.Device)); d.Counted {
-		t.Errorf("got %+v", d)
-	}
-}
-
 func TestCoveredMountPoint(t *testing.T) {
 	l := lab.Test(t)
 	under := volume(t, l, l.Dir, "under", "ext4")
@@ -552,5 +535,55 @@ func TestFUSEIsNeverTouched(t *testing.T) {
 	}
 	if m, err := r.n.OpenAt(rdev(t, v.Device)); err != nil || m.Point != v.Mount {
 		t.Errorf("a filesystem with FUSE on one of its folders: %+v, %v", m, err)
+	}
+}
+
+// A cut reads and verifies while its filesystems are frozen: nothing here may wait for the thaw.
+func TestFrozenFilesystemsDoNotHoldUpAnything(t *testing.T) {
+	l := lab.Test(t)
+	for _, fstype := range []string{"xfs", "btrfs"} {
+		pool := volume(t, l, l.Dir, "pool-"+fstype, fstype)
+		v, err := l.Volume(t.Context(), pool.Mount, "v-"+fstype, "ext4", 64<<20)
+		must(t, err)
+		must(t, os.Symlink("/etc", v.Mount+"/link"))
+		const fifreeze, fithaw = 0xC0045877, 0xC0045878 // linux/fs.h
+		var frozen []*os.File
+		for _, fs := range []*lab.Filesystem{v, pool} {
+			f, err := os.Open(fs.Mount)
+			must(t, err)
+			must(t, unix.IoctlSetInt(int(f.Fd()), fifreeze, 0)) // the lab thaws if this test does not
+			frozen = append(frozen, f)
+		}
+		id := rdev(t, v.Device)
+		failed := make(chan error, 1)
+		go func() {
+			n, err := Host{}.Read(t.Context())
+			if u, _ := n.Under(id); err == nil && (len(u.Filesystems) != 2 || u.Unknown != nil) {
+				err = fmt.Errorf("under: %+v", u)
+			}
+			if path, resolveErr := (Host{}).Resolve(n, v.Mount+"/link"); err == nil && path != "/etc" {
+				err = fmt.Errorf("resolved: %s, %w", path, resolveErr)
+			}
+			_, hiddenErr := Host{}.Hidden(t.Context(), n, id)
+			_, countersErr := Host{}.Counters(t.Context(), id)
+			failed <- errors.Join(err, hiddenErr, countersErr)
+		}()
+		select {
+		case err := <-failed:
+			must(t, err)
+		case <-time.After(60 * time.Second):
+			t.Error("waiting for the thaw")
+		}
+		for _, f := range slices.Backward(frozen) {
+			must(t, errors.Join(unix.IoctlSetInt(int(f.Fd()), fithaw, 0), f.Close()))
+		}
+	}
+}
+
+func BenchmarkReadThisHost(b *testing.B) {
+	for b.Loop() {
+		if _, err := (Host{}).Read(b.Context()); err != nil {
+			b.Fatal(err)
+		}
 	}
 }
