@@ -86,6 +86,12 @@ func (h Host) gather(ctx context.Context, info []byte) (Table, error) {
 		if err := r.identify(ctx, &devices[i]); err != nil {
 			return Table{}, err
 		}
+		// A loop device's file may show the number of a subvolume that is not mounted by itself.
+		if b := devices[i].Backing; b != nil {
+			if f := r.table.byID[b.Filesystem]; b.Filesystem != 0 && filesystems[f].Type == "btrfs" {
+				filesystems[f].addStat(b.Device)
+			}
+		}
 	}
 	return New(filesystems, devices), nil
 }

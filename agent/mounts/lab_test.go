@@ -148,6 +148,9 @@ func TestBackingFileRenamedDeletedReplacedAndBehindABind(t *testing.T) {
 				}
 			}
 			check("as made", path, false)
+			if f, _ := read(t).Filesystem(dev(t, path)); f.ID != poolID {
+				t.Errorf("by the number of the file's folder: %+v", f)
+			}
 			must(t, os.Rename(path, folder+"/w (deleted)"))
 			check("renamed", folder+"/w (deleted)", false)
 			must(t, os.Rename(folder+"/w (deleted)", path))

@@ -41,9 +41,7 @@ func (r reader) completeBtrfs(f *Filesystem) {
 			continue
 		}
 		if st, err := r.look(m.Point); err == nil {
-			if d := MakeDevice(st.Dev_major, st.Dev_minor); d != f.ID && !slices.Contains(f.Stats, d) {
-				f.Stats = append(f.Stats, d)
-			}
+			f.addStat(MakeDevice(st.Dev_major, st.Dev_minor))
 		}
 	}
 	source, err := r.device(f.Source)
@@ -69,6 +67,12 @@ func (r reader) completeBtrfs(f *Filesystem) {
 		f.Unknown = ""
 	}
 	f.Unknown = fmt.Sprintf("no filesystem in /sys/fs/btrfs has the device %s", f.Source)
+}
+
+func (f *Filesystem) addStat(d Device) {
+	if d != f.ID && !slices.Contains(f.Stats, d) {
+		f.Stats = append(f.Stats, d)
+	}
 }
 
 // completeXFS finds an external log and a realtime device by the options that name them (xfs(5)).

@@ -64,7 +64,8 @@ type Filesystem struct {
 	Members []Device
 	// Layers are the folders of an overlay.
 	Layers []Layer
-	// Stats are the numbers that stat(2) was seen to give for files of it besides ID: one a mounted subvolume of btrfs.
+	// Stats are the numbers that stat(2) was seen to give for files of it besides ID: those of the subvolumes of a btrfs
+	// that are mounted, or that hold the file of a loop device.
 	Stats []Device
 	// Unknown says in words what could not be found out about what it stands on; empty is the norm.
 	Unknown string
