@@ -4,8 +4,13 @@
 // without overlap. A Delta is a Seq together with what it is worth: the sizes of both snapshots, the granularity of the
 // source, and how far it can be trusted. What a delta does not mention is equal in both snapshots.
 //
-// Streams are pulled one extent at a time; nothing here ever holds a whole delta in memory. Sources of deltas live in
-// the packages below this one.
+// The algebra takes streams and returns streams: Of, Check, Clip, Coalesce, Align and Fill for one, Merge, Subtract and
+// Intersect for two, Sum to add one up. Its inputs must keep the contract of Seq, which Check enforces; its results then
+// keep it too. An error of an input ends the result, after what was already certain. Memory is constant and nothing is
+// allocated per extent: nothing here ever holds a whole delta. Whoever breaks out of a result releases its inputs. A
+// result can be ranged over as often as its inputs can.
+//
+// Sources of deltas live in the packages below this one.
 package cbt
 
 import "iter"

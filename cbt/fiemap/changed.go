@@ -4,15 +4,16 @@ import (
 	"context"
 	"errors"
 
-	"golang.org/x/sys/unix"
-
 	"stillpoint.io/stillpoint/cbt"
 	"stillpoint.io/stillpoint/fault"
 )
 
 // comparison derives the difference of two files from their extents, window by window: a window is what one batch of
 // each file tells about.
-type comparison struct{ base, target *source }
+type comparison struct {
+	base, target *source
+	moves        bool // the filesystem may move extents meanwhile
+}
 
 // stream lists what differs from an offset on, which is a multiple of the block, in pieces that may touch.
 func (c comparison) stream(ctx context.Context, from int64) cbt.Seq {
@@ -77,7 +78,7 @@ func (c comparison) read(pos int64, buf *buffers) (b, t window, err error) {
 		if t, err = c.target.window(pos, c.target.size, &buf.target); err != nil {
 			return b, t, err
 		}
-		if c.base.filesystem != unix.BTRFS_SUPER_MAGIC {
+		if !c.moves {
 			return b, t, nil
 		}
 		again, err := c.base.window(pos, common, &buf.again)

@@ -20,10 +20,10 @@
 //   - A file that is written to meanwhile. Both must be left alone from before the call until the stream's end; an
 //     immutable snapshot is. A changed size or modification time is noticed and ends the stream with Busy; a write that
 //     evades both (a mapping written to, a time set back) is not.
-//   - Extents that move: btrfs moves those of immutable files in a balance, a resize and when it reclaims space, and
-//     might put a block of one file where a moment ago one of the other was. On btrfs each batch of the base is read
-//     before and after that of the target and must be the same both times; it is read anew if it is not. While extents
-//     move, blocks that only moved may be reported as changed.
+//   - Extents that move: btrfs moves those of immutable files in a balance, a resize and when it reclaims space (XFS does
+//     so on a zoned realtime device), and might put a block of one file where a moment ago one of the other was. There
+//     each batch of the base is read before and after that of the target and must be the same both times, or both are
+//     read anew. While extents move, blocks that only moved may be reported as changed.
 //   - Addresses of different spaces. Both files must lie on one filesystem, and on XFS both or neither on its realtime
 //     device; others are refused. Filesystems other than XFS and btrfs are refused by Changed: what they report may be
 //     an address on one of several devices, or no address at all.
@@ -161,10 +161,11 @@ func Changed(ctx context.Context, base, target *os.File, from int64) (cbt.Delta,
 	if err != nil {
 		return cbt.Delta{}, err
 	}
-	if err := sameSpace(b, t); err != nil {
+	moves, err := sameSpace(b, t)
+	if err != nil {
 		return cbt.Delta{}, err
 	}
-	c := comparison{base: b, target: t}
+	c := comparison{base: b, target: t, moves: moves}
 	return cbt.Delta{
 		BaseSize:    b.size,
 		TargetSize:  t.size,

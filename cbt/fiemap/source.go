@@ -141,43 +141,44 @@ func (s *source) roundUp(n int64) int64 {
 	return n
 }
 
-// sameSpace fails if an address in one file need not mean the same block as in the other.
-func sameSpace(a, b *source) error {
+// sameSpace fails if an address in one file need not mean the same block as in the other. It reports whether the
+// filesystem may move extents of files that nobody writes to.
+func sameSpace(a, b *source) (moves bool, err error) {
 	apart := fault.Errorf(fault.Invalid, "%s and %s do not lie on one filesystem, so they share no extents", a.f.Name(), b.f.Name())
 	if a.filesystem != b.filesystem {
-		return apart
+		return false, apart
 	}
 	switch a.filesystem {
 	case unix.XFS_SUPER_MAGIC:
 		if a.device != b.device {
-			return apart
+			return false, apart
 		}
-		// The realtime device has addresses of its own.
+		// The realtime device has addresses of its own, and moves extents if it is zoned.
 		ra, errA := a.realtime()
 		rb, errB := b.realtime()
 		if err := errors.Join(errA, errB); err != nil {
-			return err
+			return false, err
 		}
 		if ra != rb {
-			return fault.Errorf(fault.Unsupported, "%s and %s: one of them lies on the filesystem's realtime device, so their addresses cannot be compared", a.f.Name(), b.f.Name())
+			return false, fault.Errorf(fault.Unsupported, "%s and %s: one of them lies on the filesystem's realtime device, so their addresses cannot be compared", a.f.Name(), b.f.Name())
 		}
-		return nil
+		return ra, nil
 	case unix.BTRFS_SUPER_MAGIC:
 		if a.device == b.device {
-			return nil
+			return true, nil
 		}
 		// Each subvolume has a device number of its own.
 		ua, errA := a.btrfs()
 		ub, errB := b.btrfs()
 		if err := errors.Join(errA, errB); err != nil {
-			return err
+			return false, err
 		}
 		if ua != ub {
-			return apart
+			return false, apart
 		}
-		return nil
+		return true, nil
 	default:
-		return fault.Errorf(fault.Unsupported, "%s: addresses of extents prove equality only on XFS and btrfs, not on this filesystem (type %#x)", b.f.Name(), b.filesystem)
+		return false, fault.Errorf(fault.Unsupported, "%s: addresses of extents prove equality only on XFS and btrfs, not on this filesystem (type %#x)", b.f.Name(), b.filesystem)
 	}
 }
 
