@@ -156,8 +156,12 @@ func (f facts) freezing(fs mounts.Filesystem, cut []mounts.Device) (Freezing, st
 		}
 		return Freezing{}, fmt.Sprintf("%s also stands on %s, outside this cut: cut those volumes together", fs, strings.Join(names, ", "))
 	}
-	if fs.Unknown != "" {
-		return Freezing{}, fmt.Sprintf("%s: %s", fs, fs.Unknown)
+	under, err := f.table.Under(fs.ID)
+	if err != nil {
+		return Freezing{}, err.Error()
+	}
+	if len(under.Unknown) > 0 { // what it stands on may have to be frozen later, and we would not know
+		return Freezing{}, fmt.Sprintf("%s: %s", fs, strings.Join(under.Unknown, "; "))
 	}
 	at, err := f.table.OpenAt(fs.ID)
 	if err != nil {
