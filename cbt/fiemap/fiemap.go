@@ -106,16 +106,26 @@ func Count(ctx context.Context, f *os.File) (int, error) {
 }
 
 // Extents lists a file's extents up to its size, from the one that contains from (or follows it) on, after writing back
-// what is dirty. The first may start before from and the last end behind the size. Errors are those of Count, Invalid
-// for a from outside the file, and Corrupt for a listing that is out of order. It can be ranged over again.
+// what is dirty. The first may start before from and the last end behind the size. Of a file that is written to
+// meanwhile, each batch of about a thousand extents is an answer of its own. Errors are those of Count, Invalid for a
+// from outside the file, and Corrupt for a listing that is out of order. It can be ranged over again.
 func Extents(ctx context.Context, f *os.File, from int64) iter.Seq2[Record, error] {
 	return func(yield func(Record, error) bool) {
 		s, err := open(f, from)
-		if err == nil {
-			err = s.walk(ctx, from, func(r Record) bool { return yield(r, nil) })
-		}
 		if err != nil {
 			yield(Record{}, err)
+			return
+		}
+		for records, err := range s.batches(ctx, from) {
+			if err != nil {
+				yield(Record{}, err)
+				return
+			}
+			for _, r := range records {
+				if !yield(r, nil) {
+					return
+				}
+			}
 		}
 	}
 }
@@ -128,20 +138,11 @@ func Allocated(ctx context.Context, f *os.File, from int64) (cbt.Delta, error) {
 	if err != nil {
 		return cbt.Delta{}, err
 	}
-	data := func(yield func(cbt.Extent, error) bool) {
-		err := s.walk(ctx, from-from%s.block, func(r Record) bool {
-			end := min(r.End(), s.size)
-			return r.Flags.Zero() || r.Logical >= end || yield(cbt.Extent{Offset: r.Logical, Length: end - r.Logical}, nil)
-		})
-		if err != nil {
-			yield(cbt.Extent{}, err)
-		}
-	}
 	return cbt.Delta{
 		TargetSize:  s.size,
 		Granularity: s.block,
 		Confidence:  cbt.Exact,
-		Extents:     cbt.Clip(cbt.Align(data, s.block, s.size), from, s.size),
+		Extents:     cbt.Clip(cbt.Align(s.data(ctx, from-from%s.block), s.block, s.size), from, s.size),
 	}, nil
 }
 

@@ -612,6 +612,25 @@ func TestWrittenMeanwhile(t *testing.T) {
 	})
 }
 
+// Extents lists live files too.
+func TestExtentsOfALiveFile(t *testing.T) {
+	pool, err := lab.Test(t).Pool(t.Context(), "pool", "xfs", 320<<20)
+	must(t, err)
+	f := create(t, pool.Mount+"/f")
+	scattered(t, f, 3000, 8192, 1)
+	n := 0
+	for _, err := range fiemap.Extents(t.Context(), f, 0) {
+		must(t, err)
+		if n++; n == 1 {
+			_, err := f.WriteAt([]byte{1}, 2999*8192+5)
+			must(t, err)
+		}
+	}
+	if n < 3000 { // and perhaps what XFS preallocated between
+		t.Errorf("%d extents", n)
+	}
+}
+
 func TestCancel(t *testing.T) {
 	pool, err := lab.Test(t).Pool(t.Context(), "pool", "xfs", 320<<20)
 	must(t, err)

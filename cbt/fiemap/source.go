@@ -3,6 +3,7 @@ package fiemap
 import (
 	"context"
 	"errors"
+	"iter"
 	"math"
 	"os"
 	"runtime"
@@ -10,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"stillpoint.io/stillpoint/cbt"
 	"stillpoint.io/stillpoint/fault"
 )
 
@@ -107,30 +109,48 @@ func (s *source) read(from int64, b *batch) error {
 	return nil
 }
 
-// walk calls yield for every extent from the one at from on, until it returns false.
-func (s *source) walk(ctx context.Context, from int64, yield func(Record) bool) error {
-	b := new(batch)
-	for from < s.size {
-		if err := ctx.Err(); err != nil {
-			return err
+// batches yields the file's extents from the one at from on, a batch at a time. A batch is good until the next.
+func (s *source) batches(ctx context.Context, from int64) iter.Seq2[[]Record, error] {
+	return func(yield func([]Record, error) bool) {
+		b := new(batch)
+		for from := from; from < s.size; {
+			err := ctx.Err()
+			if err == nil {
+				err = s.read(from, b)
+			}
+			if err != nil {
+				yield(nil, err)
+				return
+			}
+			if len(b.records) == 0 || !yield(b.records, nil) {
+				return
+			}
+			from = s.roundUp(b.records[len(b.records)-1].End())
 		}
-		if err := s.read(from, b); err != nil {
-			return err
-		}
-		if err := s.settled(); err != nil {
-			return err
-		}
-		for _, r := range b.records {
-			if !yield(r) {
-				return nil
+	}
+}
+
+// data yields the extents that may hold something, cut at the file's size.
+func (s *source) data(ctx context.Context, from int64) cbt.Seq {
+	return func(yield func(cbt.Extent, error) bool) {
+		for records, err := range s.batches(ctx, from) {
+			if err == nil {
+				err = s.settled()
+			}
+			if err != nil {
+				yield(cbt.Extent{}, err)
+				return
+			}
+			for _, r := range records {
+				if r.Flags.Zero() || r.Logical >= s.size {
+					continue
+				}
+				if !yield(cbt.Extent{Offset: r.Logical, Length: min(r.End(), s.size) - r.Logical}, nil) {
+					return
+				}
 			}
 		}
-		if len(b.records) == 0 {
-			return nil
-		}
-		from = s.roundUp(b.records[len(b.records)-1].End())
 	}
-	return nil
 }
 
 // roundUp returns the next multiple of the block, or the end of int64.
