@@ -14,8 +14,7 @@ import (
 // draft is a clone that has no name yet. The kernel removes it when it is closed, also by the death of the process.
 type draft struct {
 	folder, file *os.File
-	source       *os.File // the volume
-	owned        bool     // the source is closed with the draft
+	of           *os.File // the volume, when staged: by O_PATH, which pins the file's number and does not count as a use of it
 	size         int64    // of the clone, bytes
 	block        int64    // of the filesystem, bytes
 	moves        bool     // the filesystem may move the blocks of a file that nobody writes to
@@ -26,7 +25,8 @@ type draft struct {
 // pieceMin is the least that Stage clones at once, in bytes: a clone locks the volume.
 const pieceMin = 64 << 20
 
-// newDraft makes an empty draft in a folder, which belongs to it then; on an error the folder is closed.
+// newDraft makes an empty draft that can be a clone of source, in a folder, which belongs to the draft then; on an error
+// the folder is closed.
 func newDraft(folder, source *os.File) (*draft, error) {
 	var fs unix.Statfs_t
 	if err := unix.Fstatfs(int(folder.Fd()), &fs); err != nil {
@@ -41,7 +41,6 @@ func newDraft(folder, source *os.File) (*draft, error) {
 	d := &draft{
 		folder: folder,
 		file:   os.NewFile(uintptr(fd), folder.Name()+"/draft"),
-		source: source,
 		block:  fs.Bsize,
 		moves:  fs.Type == unix.BTRFS_SUPER_MAGIC,
 	}
@@ -59,38 +58,36 @@ func (d *draft) close() {
 	}
 	d.file.Close()
 	d.folder.Close()
-	if d.owned {
-		d.source.Close()
-	}
+	d.of.Close() // nil is fine
 }
 
 // clone makes the draft a clone of the volume at one instant.
-func (d *draft) clone() error {
-	st, err := stat(d.source)
+func (d *draft) clone(source *os.File) error {
+	st, err := stat(source)
 	if err != nil {
 		return err
 	}
 	d.size = st.Size
-	return d.clonePieces(context.Background(), d.size)
+	return d.clonePieces(context.Background(), source, d.size)
 }
 
 // cloneAhead clones the volume piece by piece: not one instant, but never in the way for long.
-func (d *draft) cloneAhead(ctx context.Context) error {
-	st, err := stat(d.source)
+func (d *draft) cloneAhead(ctx context.Context, source *os.File) error {
+	st, err := stat(source)
 	if err != nil {
 		return err
 	}
 	d.size = st.Size
-	return d.clonePieces(ctx, max(pieceMin, (d.size/4096)&^(pieceMin-1)))
+	return d.clonePieces(ctx, source, max(pieceMin, (d.size/4096)&^(pieceMin-1)))
 }
 
-func (d *draft) clonePieces(ctx context.Context, piece int64) error {
+func (d *draft) clonePieces(ctx context.Context, source *os.File, piece int64) error {
 	for at := int64(0); at < d.size; at += piece {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if err := cloneRange(d.file, d.source, at, min(piece, d.size-at)); err != nil {
-			if st, e := stat(d.source); e == nil && st.Size < d.size {
+		if err := cloneRange(d.file, source, at, min(piece, d.size-at)); err != nil {
+			if st, e := stat(source); e == nil && st.Size < d.size {
 				return fault.Errorf(fault.Unavailable, "it was cut from %d to %d bytes meanwhile; try again", d.size, st.Size)
 			}
 			return err
@@ -111,8 +108,8 @@ func (d *draft) list(ctx context.Context) (err error) {
 // What proves equality is that a block has one content as long as the draft holds it. On XFS such a block stays where
 // it is, so the listing made while staging is good. btrfs may have moved the draft's blocks since (a balance) and given
 // their old addresses away: there the draft is listed anew.
-func (d *draft) refresh(ctx context.Context) error {
-	st, err := stat(d.source)
+func (d *draft) refresh(ctx context.Context, source *os.File) error {
+	st, err := stat(source)
 	if err != nil {
 		return err
 	}
@@ -122,7 +119,7 @@ func (d *draft) refresh(ctx context.Context) error {
 			if err := d.file.Truncate(0); err != nil {
 				return errno(err)
 			}
-			return d.clone()
+			return d.clone(source)
 		}
 		if err := d.file.Truncate(st.Size); err != nil {
 			return errno(err)
@@ -134,14 +131,14 @@ func (d *draft) refresh(ctx context.Context) error {
 			return err
 		}
 	}
-	if d.live, err = collect(ctx, slices.Grow(d.live[:0], len(d.extents)), d.source); err != nil {
+	if d.live, err = collect(ctx, slices.Grow(d.live[:0], len(d.extents)), source); err != nil {
 		return err
 	}
 	for _, s := range differing(d.extents, d.live, d.size, d.block) {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if err := cloneRange(d.file, d.source, s.from, s.to-s.from); err != nil {
+		if err := cloneRange(d.file, source, s.from, s.to-s.from); err != nil {
 			return err
 		}
 	}

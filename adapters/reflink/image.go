@@ -16,7 +16,7 @@ import (
 
 // Allocated lists what a snapshot holds, from its extents.
 func (a *Adapter) Allocated(ctx context.Context, id adapters.SnapshotID, from int64) (cbt.Delta, error) {
-	f, err := a.openSnapshot(ctx, id)
+	_, f, err := a.openSnapshot(ctx, id)
 	if err != nil {
 		return cbt.Delta{}, err
 	}
@@ -26,14 +26,15 @@ func (a *Adapter) Allocated(ctx context.Context, id adapters.SnapshotID, from in
 
 // Changed compares the extents of two snapshots.
 func (a *Adapter) Changed(ctx context.Context, base, target adapters.SnapshotID, from int64) (cbt.Delta, error) {
-	if base.Volume != target.Volume {
-		return cbt.Delta{}, fault.Errorf(fault.Invalid, "snapshots %s and %s are of different volumes", base, target)
-	}
-	b, err := a.openSnapshot(ctx, base)
+	one, b, err := a.openSnapshot(ctx, base)
 	if err != nil {
 		return cbt.Delta{}, err
 	}
-	t, err := a.openSnapshot(ctx, target)
+	other, t, err := a.openSnapshot(ctx, target)
+	if err == nil && one != other {
+		err = fault.Errorf(fault.Invalid, "snapshots %s and %s are of different volumes", base, target)
+		t.Close()
+	}
 	if err != nil {
 		b.Close()
 		return cbt.Delta{}, err
@@ -69,23 +70,23 @@ func closing(delta cbt.Delta, err error, id adapters.SnapshotID, files ...*os.Fi
 	return delta, nil
 }
 
-// openSnapshot opens a published snapshot's file.
-func (a *Adapter) openSnapshot(ctx context.Context, id adapters.SnapshotID) (*os.File, error) {
-	_, e, err := a.lookup(ctx, id)
+// openSnapshot opens a published snapshot's file and tells its volume.
+func (a *Adapter) openSnapshot(ctx context.Context, id adapters.SnapshotID) (adapters.VolumeID, *os.File, error) {
+	at, e, err := a.lookup(ctx, id)
 	if err != nil {
-		return nil, err
+		return at.id, nil, err
 	}
 	e.folder.Close()
 	if e.record.Mark != adapters.Verified {
 		e.file.Close()
-		return nil, fault.Errorf(fault.Invalid, "snapshot %s is still cutting: nobody may read it before it is published", id)
+		return at.id, nil, fault.Errorf(fault.Invalid, "snapshot %s is still cutting: nobody may read it before it is published", id)
 	}
-	return e.file, nil
+	return at.id, e.file, nil
 }
 
 // Open opens a snapshot. It goes on reading after the snapshot was deleted.
 func (a *Adapter) Open(ctx context.Context, id adapters.SnapshotID) (adapters.Image, error) {
-	f, err := a.openSnapshot(ctx, id)
+	_, f, err := a.openSnapshot(ctx, id)
 	if err != nil {
 		return nil, err
 	}

@@ -95,7 +95,7 @@ func (s site) records(ctx context.Context, folder *os.File, f adapters.Filter) i
 			return
 		}
 		for _, name := range names {
-			if f.Volume.ID != "" && !strings.HasPrefix(name, adapters.ShortName(f.Volume.ID)+".") {
+			if f.Volume.ID != "" && !strings.HasPrefix(name, adapters.ShortName(s.at.id.ID)+".") {
 				continue
 			}
 			if err := ctx.Err(); err != nil {
@@ -125,6 +125,6 @@ func (s site) matches(r record, f adapters.Filter) bool {
 	uuid, inside, _ := strings.Cut(r.Volume, "/")
 	_, below := under("/"+inside, s.dir)
 	return uuid == s.at.pool.uuid && below &&
-		(f.Volume.ID == "" || f.Volume.ID == r.Volume) &&
+		(f.Volume.ID == "" || s.at.id.ID == r.Volume) &&
 		(f.Cutting || r.Mark != adapters.Cutting)
 }

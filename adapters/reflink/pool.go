@@ -171,19 +171,19 @@ func parseID(id adapters.VolumeID) (uuid, inside string, err error) {
 	return m[1], m[2], nil
 }
 
-// canonical turns what a person typed into an id: an absolute path, whose last element may be missing when create is
-// set, or a canonical id already.
-func (a *Adapter) canonical(id adapters.VolumeID, create bool) (adapters.VolumeID, error) {
+// canonical turns what a person typed into an id: an absolute path, of which the last element may be missing, or a
+// canonical id already.
+func (a *Adapter) canonical(id adapters.VolumeID) (adapters.VolumeID, error) {
 	if !path.IsAbs(id.ID) {
 		_, _, err := parseID(id)
 		return id, err
 	}
 	f, err := os.OpenFile(id.ID, unix.O_PATH|unix.O_CLOEXEC, 0)
 	last := ""
-	if create && errors.Is(err, unix.ENOENT) {
+	if errors.Is(err, unix.ENOENT) {
 		clean := path.Clean(id.ID)
 		if target, err := os.Readlink(clean); err == nil {
-			return id, fault.Errorf(fault.Invalid, "volume %s: a symbolic link to %s, which does not exist", id, target)
+			return id, fault.Errorf(fault.NotFound, "volume %s: a symbolic link to %s, which does not exist", id, target)
 		}
 		last = path.Base(clean)
 		f, err = os.OpenFile(path.Dir(clean), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
@@ -242,18 +242,22 @@ func (a *Adapter) nameOf(f *os.File, last string) (adapters.VolumeID, error) {
 	return adapters.VolumeID{Backend: a.backend, ID: p.uuid + path.Join(m.Root, below, last)}, nil
 }
 
-// locate finds the filesystem of a canonical id and the mounts that show its path. A filesystem that is not mounted
-// here is Unavailable.
+// locate finds the filesystem of an id, typed or canonical, and the mounts that show its path. A filesystem that is not
+// mounted here is Unavailable; that there is no such file is not noticed.
 func (a *Adapter) locate(ctx context.Context, id adapters.VolumeID) (place, error) {
 	if err := ctx.Err(); err != nil {
+		return place{}, err
+	}
+	if id.Backend != a.backend {
+		return place{}, fault.Errorf(fault.Invalid, "volume %s: this is the backend %s", id, a.backend)
+	}
+	id, err := a.canonical(id)
+	if err != nil {
 		return place{}, err
 	}
 	uuid, inside, err := parseID(id)
 	if err != nil {
 		return place{}, err
-	}
-	if id.Backend != a.backend {
-		return place{}, fault.Errorf(fault.Invalid, "volume %s: this is the backend %s", id, a.backend)
 	}
 	pools, err := a.discover()
 	if err != nil {

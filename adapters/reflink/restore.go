@@ -24,11 +24,7 @@ func (a *Adapter) Begin(ctx context.Context, spec adapters.VolumeSpec) (adapters
 	if spec.Token == "" || spec.Size <= 0 {
 		return nil, fault.Errorf(fault.Invalid, "volume %s: a restore needs a token and a size of at least one byte, not %q and %d", spec.ID, spec.Token, spec.Size)
 	}
-	id, err := a.canonical(spec.ID, !spec.Overwrite)
-	if err != nil {
-		return nil, err
-	}
-	at, err := a.locate(ctx, id)
+	at, err := a.locate(ctx, spec.ID)
 	if err != nil {
 		return nil, err
 	}
@@ -43,7 +39,7 @@ func (a *Adapter) Begin(ctx context.Context, spec adapters.VolumeSpec) (adapters
 	}
 	if err != nil {
 		t.release()
-		return nil, failed(err, "volume %s", id)
+		return nil, failed(err, "volume %s", at.id)
 	}
 	return t, nil
 }
@@ -76,7 +72,7 @@ func (t *target) openExisting() error {
 		return err
 	}
 	if err := unix.Flock(int(t.file.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		return inUse(t.at.id, "another process has locked it")
+		return inUse("another process has locked it")
 	}
 	st, err := stat(t.file)
 	if err != nil {
@@ -85,7 +81,7 @@ func (t *target) openExisting() error {
 	if st.Size < t.size {
 		return fault.Errorf(fault.Invalid, "its %d bytes are fewer than the %d to restore", st.Size, t.size)
 	}
-	return exclusive(t.at.id, t.file)
+	return exclusive(t.file)
 }
 
 // openNew makes the unfinished file, or opens the one that is there.

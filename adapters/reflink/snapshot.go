@@ -15,11 +15,11 @@ import (
 // CreateSnapshot clones the volume. What was staged for it is used up, whatever the outcome. The clone is a single
 // system call, which neither a cancelled context nor a deadline cuts short.
 func (a *Adapter) CreateSnapshot(ctx context.Context, id adapters.VolumeID, wanted string) (adapters.Snapshot, error) {
-	staged := a.take(stage{id, wanted})
-	defer staged.close()
 	if err := checkWanted(id, wanted); err != nil {
 		return adapters.Snapshot{}, err
 	}
+	staged := a.take(a.key(id, wanted))
+	defer staged.close()
 	at, err := a.locate(ctx, id)
 	if err != nil {
 		return adapters.Snapshot{}, err
@@ -31,7 +31,7 @@ func (a *Adapter) CreateSnapshot(ctx context.Context, id adapters.VolumeID, want
 		}
 		if e != nil {
 			e.close()
-			return existing(e, id, wanted)
+			return existing(e, at.id, wanted)
 		}
 		s, err := a.create(ctx, at, staged, wanted)
 		if !errors.Is(err, unix.EEXIST) {
@@ -71,14 +71,14 @@ func (a *Adapter) create(ctx context.Context, at place, staged *draft, wanted st
 			return adapters.Snapshot{}, failed(err, "volume %s", at.id)
 		}
 		defer d.close()
-	} else if !sameFile(source, d.source) {
+	} else if !sameFile(source, d.of) {
 		return adapters.Snapshot{}, fault.Errorf(fault.Unavailable, "volume %s: the file was replaced by another since the snapshot was prepared; try again", at.id)
 	}
 	r := record{Version: recordVersion, Volume: at.id.ID, Wanted: wanted, Mark: adapters.Cutting, Created: time.Now().UTC()}
 	if d == staged {
-		err = d.refresh(ctx)
+		err = d.refresh(ctx, source)
 	} else {
-		err = d.clone()
+		err = d.clone(source)
 	}
 	if err != nil {
 		return adapters.Snapshot{}, failed(err, "volume %s: cloning it", at.id)

@@ -115,10 +115,10 @@ func (a *Adapter) Stage(ctx context.Context, id adapters.VolumeID, wanted string
 	if err != nil {
 		return err
 	}
-	d := a.take(stage{id, wanted})
-	if d != nil && sameFile(d.source, source) {
-		source.Close()
-		err = d.refresh(ctx)
+	defer source.Close()
+	d := a.take(stage{at.id, wanted})
+	if d != nil && sameFile(d.of, source) {
+		err = d.refresh(ctx, source)
 	} else {
 		d.close()
 		d, err = at.stage(ctx, source)
@@ -128,32 +128,40 @@ func (a *Adapter) Stage(ctx context.Context, id adapters.VolumeID, wanted string
 	}
 	if err != nil {
 		d.close()
-		return failed(err, "volume %s: cloning it ahead", id)
+		return failed(err, "volume %s: cloning it ahead", at.id)
 	}
-	a.put(stage{id, wanted}, d)
+	a.put(stage{at.id, wanted}, d)
 	return nil
 }
 
-// stage makes a draft of the whole volume. The source belongs to the draft.
+// stage makes a draft of the whole volume.
 func (p place) stage(ctx context.Context, source *os.File) (*draft, error) {
 	folder, err := p.makeFolder()
 	if err != nil {
-		source.Close()
 		return nil, err
 	}
 	d, err := newDraft(folder, source)
 	if err != nil {
-		source.Close()
 		return nil, err
 	}
-	d.owned = true
-	return d, d.cloneAhead(ctx)
+	if d.of, err = reopen(source, unix.O_PATH); err != nil {
+		return d, err
+	}
+	return d, d.cloneAhead(ctx, source)
 }
 
 // Unstage throws away what is staged.
 func (a *Adapter) Unstage(_ context.Context, id adapters.VolumeID, wanted string) error {
-	a.take(stage{id, wanted}).close()
+	a.take(a.key(id, wanted)).close()
 	return nil
+}
+
+// key is what a volume is staged under: its canonical id, which may have been found before the volume went away.
+func (a *Adapter) key(id adapters.VolumeID, wanted string) stage {
+	if canonical, err := a.canonical(id); err == nil {
+		id = canonical
+	}
+	return stage{id, wanted}
 }
 
 // take removes and returns what is staged, nil if nothing is: whoever takes it has it alone.

@@ -19,10 +19,6 @@ import (
 // WritesTo is the pool's device as mountinfo has it, which is what a plan compares with. On btrfs, stat(2) gives every
 // subvolume a number of its own, which no mount has.
 func (a *Adapter) Volume(ctx context.Context, id adapters.VolumeID) (adapters.Volume, error) {
-	id, err := a.canonical(id, false)
-	if err != nil {
-		return adapters.Volume{}, err
-	}
 	at, err := a.locate(ctx, id)
 	if err != nil {
 		return adapters.Volume{}, err
@@ -34,15 +30,15 @@ func (a *Adapter) Volume(ctx context.Context, id adapters.VolumeID) (adapters.Vo
 	defer f.Close()
 	st, err := stat(f)
 	if err != nil {
-		return adapters.Volume{}, failed(err, "volume %s", id)
+		return adapters.Volume{}, failed(err, "volume %s", at.id)
 	}
 	loops, err := attached()
 	if err != nil {
-		return adapters.Volume{}, failed(err, "volume %s: looking for its loop device", id)
+		return adapters.Volume{}, failed(err, "volume %s: looking for its loop device", at.id)
 	}
 	below, _ := under(at.path, m.root)
 	return adapters.Volume{
-		ID:       id,
+		ID:       at.id,
 		Size:     st.Size,
 		Freeze:   adapters.FreezeNests,
 		Device:   carrier(loops, st.Dev, st.Ino),
@@ -96,14 +92,14 @@ func (a *Adapter) volumeOf(l loop) (adapters.VolumeID, bool) {
 }
 
 // inUse is Busy, with the way out.
-func inUse(id adapters.VolumeID, by string) error {
-	return fault.Errorf(fault.Busy, "volume %s is in use: %s; stop its user first", id, by)
+func inUse(by string) error {
+	return fault.Errorf(fault.Busy, "in use: %s; stop its user first", by)
 }
 
 // exclusive refuses a volume that somebody else uses: one on a loop device, mounted or not, and one that any other
 // descriptor is open on (a virtual machine's), which a write lease finds out. f is our only open descriptor of it.
 // Nothing keeps others from opening it afterwards.
-func exclusive(id adapters.VolumeID, f *os.File) error {
+func exclusive(f *os.File) error {
 	st, err := stat(f)
 	if err != nil {
 		return err
@@ -114,15 +110,15 @@ func exclusive(id adapters.VolumeID, f *os.File) error {
 	}
 	for _, l := range loops {
 		if l.fileDev == st.Dev && l.fileIno == st.Ino {
-			return inUse(id, "it is attached to "+l.node())
+			return inUse("it is attached to " + l.node())
 		}
 	}
 	_, err = unix.FcntlInt(f.Fd(), unix.F_SETLEASE, unix.F_WRLCK)
 	switch {
 	case errors.Is(err, unix.EAGAIN):
-		return inUse(id, "another process has it open (fuser shows which)")
+		return inUse("another process has it open (fuser shows which)")
 	case errors.Is(err, unix.EINVAL):
-		return fault.Errorf(fault.Unsupported, "volume %s: whether it is in use cannot be told, because leases are switched off; sysctl fs.leases-enable=1", id)
+		return fault.Errorf(fault.Unsupported, "whether it is in use cannot be told, because leases are switched off; sysctl fs.leases-enable=1")
 	case err != nil:
 		return err
 	}
