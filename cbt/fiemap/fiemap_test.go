@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -610,6 +611,42 @@ func TestWrittenMeanwhile(t *testing.T) {
 			t.Errorf("allocated: %v", err)
 		}
 	})
+}
+
+// The longest file there can be, with data in its last block and space preallocated at its end.
+func TestLongestFile(t *testing.T) {
+	pool, err := lab.Test(t).Pool(t.Context(), "pool", "xfs", 320<<20)
+	must(t, err)
+	f := create(t, pool.Mount+"/f")
+	const size, last = math.MaxInt64, math.MaxInt64 / block * block
+	must(t, f.Truncate(size))
+	_, err = f.WriteAt([]byte{1}, size-1)
+	must(t, err)
+	must(t, unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_KEEP_SIZE, last-10*block, block))
+	g := create(t, pool.Mount+"/g")
+	must(t, g.Truncate(5000))
+	want := []cbt.Extent{{Offset: last, Length: size - last}}
+	a, err := fiemap.Allocated(t.Context(), f, 0)
+	must(t, err)
+	if got := list(t, a, 0); !slices.Equal(got, want) {
+		t.Errorf("allocated: %v", got)
+	}
+	c, err := fiemap.Changed(t.Context(), g, f, 0)
+	must(t, err)
+	if got := list(t, c, 0); !slices.Equal(got, append([]cbt.Extent{{Offset: block, Length: last - block, Zero: true}}, want...)) {
+		t.Errorf("grown: %v", got)
+	}
+	c, err = fiemap.Changed(t.Context(), f, g, 0)
+	must(t, err)
+	if got := list(t, c, 0); len(got) != 0 {
+		t.Errorf("shrunk: %v", got)
+	}
+	for r, err := range fiemap.Extents(t.Context(), f, last) {
+		must(t, err)
+		if r.Logical != last || r.End() != math.MaxInt64 {
+			t.Errorf("record %+v", r)
+		}
+	}
 }
 
 // Extents lists live files too.
