@@ -53,8 +53,8 @@ import (
 	"stillpoint.io/stillpoint/cbt"
 )
 
-// Adapter is what every backend can do. Abilities that only some have are the small interfaces below; Abilities finds
-// them once.
+// Adapter is what every backend can do. Abilities that only some have are the small interfaces below; As finds
+// them, and CapabilitiesOf lists them.
 type Adapter interface {
 	// Capabilities describes the code, not a volume: which abilities there are and how it quiesces. It does no I/O.
 	Capabilities() Capabilities
@@ -85,7 +85,7 @@ type Adapter interface {
 	// for them. The listing is not one instant: what is created or deleted meanwhile may or may not appear.
 	Snapshots(ctx context.Context, f Filter) iter.Seq2[Snapshot, error]
 
-	// Close releases connections. No call may be under way, and none may follow.
+	// Close releases connections. No call may be under way, no image or target open, and none may follow.
 	Close() error
 }
 
@@ -122,13 +122,15 @@ type Stager interface {
 // snapshots of one volume (another volume's is Invalid); base may be the younger one, and a zeroed or discarded range
 // comes as a Zero extent. Both start at from (bytes, 0 ≤ from ≤ size), so that a broken stream can be resumed. For
 // every pair of snapshots, base overwritten with the target's bytes at the changed extents, cut or grown to
-// TargetSize, equals target: that is the promise that adaptertest checks for random writes.
+// TargetSize, equals target: that is the promise that adaptertest checks for random writes. A from out of its range is
+// Invalid; a snapshot that is pending is Unavailable, and one that is still cutting may be refused as Invalid.
 type Differ interface {
 	Allocated(ctx context.Context, id SnapshotID, from int64) (cbt.Delta, error)
 	Changed(ctx context.Context, base, target SnapshotID, from int64) (cbt.Delta, error)
 }
 
-// Opener reads a snapshot's data.
+// Opener reads a snapshot's data. Like a Differ, it refuses a pending snapshot (Unavailable) and may refuse one that
+// is still cutting (Invalid): callers publish first.
 type Opener interface {
 	Open(ctx context.Context, id SnapshotID) (Image, error)
 }
@@ -149,7 +151,9 @@ const ImageAlign = 4096
 type Restorer interface {
 	// Begin makes the target of a restore, or opens again the one that a dead process left under the same id and
 	// token, with what it wrote. A target is not a volume yet: nobody finds it by its id until Commit. With
-	// spec.Overwrite the existing volume itself is the target, from the first write on; one that is in use is Busy.
+	// spec.Overwrite the existing volume itself is the target, from the first write on; one that is in use is Busy,
+	// one that is not there NotFound. Without it, a volume that exists is Busy. So is a target that is held open. Sizes
+	// that do not fit, no size and no token are Invalid.
 	Begin(ctx context.Context, spec VolumeSpec) (Target, error)
 }
 
@@ -162,7 +166,9 @@ type VolumeSpec struct {
 	Overwrite bool // write over an existing volume, which must be of Size or larger, instead of making a new one
 }
 
-// Target is a volume being filled. WriteAt and Zero are safe in parallel on ranges that do not overlap.
+// Target is a volume being filled. WriteAt and Zero take any range within it (Invalid beyond) and are safe in parallel on
+// ranges that do not overlap. Between two writes to one range, the later wins; what an error interrupts may be written in
+// part and is written again.
 type Target interface {
 	WriteAt(ctx context.Context, p []byte, off int64) error
 	// Zero makes the range read as zeros, whatever it held.
@@ -172,7 +178,7 @@ type Target interface {
 	// Commit makes what was written durable and the volume visible. Target is closed afterwards, also on an error.
 	Commit(ctx context.Context) (Volume, error)
 	// Abort removes a new target; an overwritten volume stays as far as it was written. Close keeps a new target for
-	// a later Begin with the same token. Either after Commit does nothing.
+	// a later Begin with the same token. Each closes the target; on a closed one they do nothing.
 	Abort(ctx context.Context) error
 	Close() error
 }
@@ -299,28 +305,25 @@ func CapabilitiesOf(a Adapter) Capabilities {
 
 func has[T any](a Adapter) bool { _, ok := As[T](a); return ok }
 
-// As finds an optional ability of an adapter through its decorators: the outermost layer's that offers it.
+// As finds an optional ability of an adapter, decorated or not.
 func As[T any](a Adapter) (T, bool) {
-	for a != nil {
-		if d, ok := a.(Decorator); ok {
-			if t, ok := d.Ability((*T)(nil)).(T); ok {
+	if d, ok := a.(Decorator); ok {
+		for _, ability := range d.Abilities() {
+			if t, ok := ability.(T); ok {
 				return t, true
 			}
-			a = d.Unwrap()
-			continue
 		}
-		t, ok := a.(T)
-		return t, ok
+		var none T
+		return none, false
 	}
-	var none T
-	return none, false
+	t, ok := a.(T)
+	return t, ok
 }
 
-// Decorator is an adapter around an adapter. Ability is given a nil pointer to the wanted interface (for example
-// (*Differ)(nil)) and returns the decorated ability; or nil, and the wrapped adapter's own shows through. It must not
-// return an ability that As does not find in what it wraps.
+// Decorator is an adapter around an adapter. What it can is not read off its methods, which would be those of every
+// ability there is, but from the list of values that Abilities gives: one for each ability that the inner adapter
+// has. Decorate makes one from a Layer; that is enough for whatever stands around calls without changing their sense.
 type Decorator interface {
 	Adapter
-	Unwrap() Adapter
-	Ability(want any) any
+	Abilities() []any
 }
