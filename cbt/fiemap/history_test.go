@@ -192,4 +192,3 @@ func checkAllocated(t *testing.T, r *rand.Rand, p point) {
 		t.Fatalf("%s from %d: allocated %v, records %v", p.Name(), from, all, written)
 	}
 }
-
