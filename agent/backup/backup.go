@@ -1,39 +1,75 @@
-// Package backup makes backups of snapshots, restores and verifies them.
+// Package backup makes backups of snapshots, and volumes of backups.
+//
+// A backup is planned first, by a pure function over what the backend and the repository have, then run: the changed
+// extents become aligned chunks, chunks are read in parallel, all-zero ones are recognised, the others are hashed,
+// compressed, encrypted and packed by kopia, and the indexes are written in order behind them. What the backend calls
+// unchanged is distrusted: some of it is read as well and compared with the base. The backup exists once its manifest
+// is committed, and that is last.
+//
+// A run that fails, is cancelled or is killed leaves a repository that is as good as before, with some data in it
+// that the next run finds and need not store again if it was flushed. Backups of different ids may run at the same
+// time, also of one volume; of two with the same id one is kept.
+//
+// Memory follows the Budget and not the volume, except for one bit for each chunk of a volume while an incremental
+// runs and 36 bytes for each 64 MiB of its base: 12 MiB for 16 TiB in chunks of 1 MiB.
 package backup
 
 import (
+	"cmp"
 	"context"
 	"errors"
+	"fmt"
+	"log/slog"
+	"runtime"
 	"sync/atomic"
+	"time"
 
 	"stillpoint.io/stillpoint/adapters"
 	"stillpoint.io/stillpoint/agent/repository"
+	"stillpoint.io/stillpoint/cbt"
+	"stillpoint.io/stillpoint/fault"
 )
 
-// Budget bounds what one backup, restore or verification uses. The zero Budget means DefaultBudget.
+// Budget bounds what one backup, restore or verification uses.
 type Budget struct {
-	Memory  int64 // bytes for buffers and for packs on their way to the repository
-	Workers int   // chunks read, hashed and stored at once, 0 for what the memory and the processors suggest
+	Memory  int64 // bytes for buffers and for packs on their way to the repository, DefaultMemory if 0
+	Workers int   // chunks read, hashed and stored at once; 0: what the memory and the processors suggest
+}
+
+// DefaultMemory is the memory that a Budget gives by default, in bytes.
+const DefaultMemory = 192 << 20
+
+// packMemory is what kopia holds for each worker that stores: a pack of 20 MiB being written, and its pieces.
+const packMemory = 24 << 20
+
+// workers is how many to start when each needs this much memory.
+func (b Budget) workers(each int64) int {
+	most := max(1, int(cmp.Or(b.Memory, DefaultMemory)/each))
+	if b.Workers > 0 {
+		return min(b.Workers, most)
+	}
+	return min(max(4, 2*runtime.GOMAXPROCS(0)), 32, most)
 }
 
 // Progress is what a running backup, restore or verification has done so far; whoever shows it polls. All are bytes.
 type Progress struct {
 	Total atomic.Int64 // to do, as far as known: grows while the changed blocks are listed
-	Done  atomic.Int64 // read or written so far
+	Done  atomic.Int64 // of Total
 }
 
 // Request asks for a backup of a snapshot.
 type Request struct {
-	Adapter    adapters.Adapter // must be able to open the snapshot
+	Adapter    adapters.Adapter // must be an Opener; without being a Differ it reads everything
 	Snapshot   adapters.SnapshotID
 	Repository *repository.Repository
-	ID         string // the backup's id; empty: derived from the snapshot's handle
-	Full       bool   // reuse nothing
+	ID         string // the backup's id; empty: derived from the snapshot, so that a repetition finds it
+	Full       bool   // reuse no index
 	Budget     Budget
 	Progress   *Progress // may be nil
 }
 
-// Report is what a backup did. Counts are bytes.
+// Report is what a backup did. Counts are bytes. New and reused are of the data that is not all zero; of an
+// incremental, everything that the base had is reused.
 type Report struct {
 	Backup       string          `json:"backup"`         // its handle
 	Snapshot     string          `json:"snapshot"`       // its handle
@@ -51,89 +87,160 @@ type Report struct {
 	Warnings     []string        `json:"warnings,omitempty"`
 }
 
-// Plan says what a backup will do and why.
-type Plan struct {
-	ID       string
-	Snapshot adapters.Snapshot
-	Kind     repository.Kind
-	Base     *repository.Backup // of an incremental
-	Reason   string
-	Existing *repository.Backup // the backup is there already: nothing to do
+// Run makes the backup. NotFound: no such snapshot. Busy: it is not ready yet, or its id was taken meanwhile. Invalid:
+// it is not verified, or the id belongs to a backup of something else. Exhausted: the repository is full.
+func Run(ctx context.Context, q Request) (Report, error) {
+	started := time.Now()
+	p, err := Prepare(ctx, q)
+	if err != nil {
+		return Report{}, err
+	}
+	report := Report{Snapshot: p.Snapshot.ID.String(), Kind: p.Kind, Reason: p.Reason, Size: p.Snapshot.Size}
+	if p.Existing != nil {
+		report.Existed, report.Backup = true, p.Existing.Handle.String()
+		if p.Existing.Base != "" {
+			report.Base = repository.Handle{Remote: q.Repository.Remote(), ID: p.Existing.Base}.String()
+		}
+		report.BytesReused = p.Existing.Data
+		report.Seconds = time.Since(started).Seconds()
+		return report, nil
+	}
+	made, err := run(ctx, q, p, started, &report)
+	var distrusted *distrustError
+	if errors.As(err, &distrusted) {
+		warning := fmt.Sprintf("%v; the backup is made again as a full one", distrusted)
+		slog.ErrorContext(ctx, warning, "snapshot", p.Snapshot.ID.String(), "base", p.Base.Handle.String())
+		report.Warnings = append(report.Warnings, warning)
+		p.Kind, p.Base, p.Reason = repository.Full, nil, "the changed blocks since the base cannot be trusted"
+		if q.Progress != nil {
+			q.Progress.Total.Store(0)
+			q.Progress.Done.Store(0)
+		}
+		made, err = run(ctx, q, p, started, &report)
+	}
+	if err != nil {
+		return Report{}, fmt.Errorf("backing up %s: %w", p.Snapshot.ID, err)
+	}
+	report.Backup, report.Kind, report.Reason = made.Handle.String(), made.Kind, p.Reason
+	if p.Base != nil {
+		report.Base = p.Base.Handle.String()
+	}
+	report.BytesReused = max(0, made.Data-report.BytesNew)
+	report.Seconds = time.Since(started).Seconds()
+	return report, nil
 }
 
-// String is the plan in a sentence.
-func (p Plan) String() string { return p.Reason }
+// distrustError says that what a backend called unchanged had changed.
+type distrustError struct{ why string }
 
-// Prepare asks the backend and the repository what they have, and decides. It changes nothing.
-func Prepare(ctx context.Context, q Request) (Plan, error) { return Plan{}, errors.ErrUnsupported }
+func (e *distrustError) Error() string { return "wrong changed blocks: " + e.why }
 
-// Run makes the backup.
-func Run(ctx context.Context, q Request) (Report, error) { return Report{}, errors.ErrUnsupported }
+// run makes the backup as planned. It fails with a distrustError when the base turns out to be worth nothing.
+func run(ctx context.Context, q Request, p Plan, started time.Time, report *Report) (made repository.Backup, err error) {
+	opener, ok := adapters.As[adapters.Opener](q.Adapter)
+	if !ok {
+		return made, fault.Errorf(fault.Unsupported, "backend %s cannot open snapshots", p.Snapshot.ID.Volume.Backend)
+	}
+	source, err := opener.Open(ctx, p.Snapshot.ID)
+	if err != nil {
+		return made, err
+	}
+	defer func() { err = errors.Join(err, source.Close()) }()
+	if source.Size() != p.Snapshot.Size {
+		return made, fault.Errorf(fault.Corrupt, "snapshot %s: opens with %d bytes and is said to have %d", p.Snapshot.ID, source.Size(), p.Snapshot.Size)
+	}
+	var base *repository.Image
+	if p.Base != nil {
+		if base, err = q.Repository.OpenImage(ctx, *p.Base); err != nil {
+			return made, baseFault(ctx, err)
+		}
+	}
+	extents, err := changes(ctx, q.Adapter, p, q.Repository.ChunkSize())
+	if err != nil {
+		return made, err
+	}
+	w, err := q.Repository.NewWriter(ctx)
+	if err != nil {
+		return made, err
+	}
+	defer func() { err = errors.Join(err, w.Close(context.WithoutCancel(ctx))) }()
 
-// Source is what a restore reads: FromBackup or FromSnapshot.
-type Source struct {
-	repository *repository.Repository
-	backup     string
-	adapter    adapters.Adapter
-	snapshot   adapters.SnapshotID
+	l := newLine(q, source, base, w)
+	image, err := l.run(ctx, extents)
+	report.BytesRead += l.read.Load()
+	report.BytesAudited += l.audited.Load()
+	report.BytesNew += l.fresh.Load()
+	if err != nil {
+		return made, err
+	}
+	b := repository.Backup{
+		ID: p.ID, Volume: p.Snapshot.ID.Volume, Snapshot: p.Snapshot.ID, Kind: p.Kind,
+		Size: p.Snapshot.Size, ChunkSize: q.Repository.ChunkSize(), Data: l.data,
+		Created: p.Snapshot.Created, Started: started, Finished: time.Now(),
+		Cut: p.Snapshot.Notes.Cut, Consistency: p.Snapshot.Notes.Consistency, Unverified: p.Snapshot.Notes.Unverified,
+		Image: image,
+	}
+	if p.Base != nil {
+		b.Base, b.BaseImage = p.Base.ID, p.Base.Image
+	}
+	made, err = w.Commit(ctx, b, l.sample())
+	report.BytesStored += w.Stored()
+	return made, err
 }
 
-// FromBackup restores a backup, by its id in the repository.
-func FromBackup(r *repository.Repository, id string) Source {
-	return Source{repository: r, backup: id}
+// baseFault makes a damaged base a reason for a full backup.
+func baseFault(ctx context.Context, err error) error {
+	if ctx.Err() == nil && fault.KindOf(err) == fault.Corrupt {
+		return &distrustError{"the base in the repository is damaged: " + err.Error()}
+	}
+	return err
 }
 
-// FromSnapshot restores straight from a snapshot that still exists in its backend.
-func FromSnapshot(a adapters.Adapter, id adapters.SnapshotID) Source {
-	return Source{adapter: a, snapshot: id}
+// changes is what the backup has to look at, in whole chunks: of a full backup everything, as data or zero; of an
+// incremental what differs from the base, and the rest is the base's.
+func changes(ctx context.Context, a adapters.Adapter, p Plan, chunk int64) (cbt.Seq, error) {
+	size := p.Snapshot.Size
+	differ, ok := adapters.As[adapters.Differ](a)
+	if p.Base == nil {
+		if !ok {
+			return cbt.Align(whole(size), chunk, size), nil
+		}
+		d, err := differ.Allocated(ctx, p.Snapshot.ID, 0)
+		if fault.KindOf(err) == fault.Unsupported {
+			return cbt.Align(whole(size), chunk, size), nil
+		} else if err != nil {
+			return nil, err
+		}
+		return cbt.Fill(cbt.Align(cbt.Check(d.Extents, 0, size), chunk, size), 0, size), nil
+	}
+	d, err := differ.Changed(ctx, p.Base.Snapshot, p.Snapshot.ID, 0)
+	if k := fault.KindOf(err); k == fault.Unsupported || k == fault.NotFound || k == fault.Corrupt {
+		return nil, &distrustError{err.Error()}
+	} else if err != nil {
+		return nil, err
+	}
+	if d.BaseSize != p.Base.Size || d.TargetSize != size {
+		return nil, &distrustError{fmt.Sprintf("they are from %d to %d bytes, the volume went from %d to %d", d.BaseSize, d.TargetSize, p.Base.Size, size)}
+	}
+	return cbt.Align(cbt.Merge(cbt.Check(d.Extents, 0, size), resized(p.Base.Size, size, chunk)), chunk, size), nil
 }
 
-// RestoreRequest asks for a source as a volume.
-type RestoreRequest struct {
-	Source    Source
-	Target    adapters.Adapter // must be a Restorer
-	Volume    adapters.VolumeID
-	Size      int64 // bytes; 0: the source's size. Smaller than the source is Invalid, more reads as zeros
-	Overwrite bool  // write over an existing volume
-	Budget    Budget
-	Progress  *Progress // may be nil
+func whole(size int64) cbt.Seq {
+	if size == 0 {
+		return cbt.Of()
+	}
+	return cbt.Of(cbt.Extent{Length: size})
 }
 
-// RestoreReport is what a restore did. Counts are bytes.
-type RestoreReport struct {
-	Source       string  `json:"source"` // handle of the backup or snapshot
-	Volume       string  `json:"volume"` // handle of the volume that was made
-	Path         string  `json:"path,omitempty"`
-	Size         int64   `json:"size"`
-	BytesWritten int64   `json:"bytes_written"` // data
-	BytesZeroed  int64   `json:"bytes_zeroed"`  // zeros written because the target might have held something
-	Seconds      float64 `json:"seconds"`
-}
-
-// Restore makes the source into a volume, or writes it over one.
-func Restore(ctx context.Context, q RestoreRequest) (RestoreReport, error) {
-	return RestoreReport{}, errors.ErrUnsupported
-}
-
-// VerifyRequest asks whether a backup can be restored.
-type VerifyRequest struct {
-	Repository *repository.Repository
-	ID         string
-	Budget     Budget
-	Progress   *Progress // may be nil
-}
-
-// VerifyReport is what a verification found. A bad backup is a report with Bad, and an error of kind Corrupt.
-type VerifyReport struct {
-	Backup        string   `json:"backup"`
-	Size          int64    `json:"size"`
-	BytesVerified int64    `json:"bytes_verified"` // in chunks that were read, decrypted and compared with their hash
-	Bad           []string `json:"bad,omitempty"`  // what is wrong, by offset; the first hundred
-	BadBytes      int64    `json:"bad_bytes"`
-	Seconds       float64  `json:"seconds"`
-}
-
-// Verify reads every chunk of a backup and checks it, and that its index and its description fit together.
-func Verify(ctx context.Context, q VerifyRequest) (VerifyReport, error) {
-	return VerifyReport{}, errors.ErrUnsupported
+// resized is what a change of size touches by itself: the chunk that was cut short, and what was added, which is zero
+// wherever the backend does not say otherwise.
+func resized(from, to, chunk int64) cbt.Seq {
+	var extents []cbt.Extent
+	if edge := min(from, to); from != to && edge%chunk != 0 {
+		extents = append(extents, cbt.Extent{Offset: edge / chunk * chunk, Length: min(to-edge/chunk*chunk, chunk)})
+	}
+	if start := (from + chunk - 1) / chunk * chunk; start < to {
+		extents = append(extents, cbt.Extent{Offset: start, Length: to - start, Zero: true})
+	}
+	return cbt.Of(extents...)
 }

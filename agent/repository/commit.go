@@ -159,7 +159,7 @@ func (b *reader) check(ctx context.Context, want Backup, sample []int64) error {
 	if err := b.r.checkDescription(ctx, b.contents, want); err != nil {
 		return err
 	}
-	image, err := b.r.openImage(ctx, b.contents, want.Image, want.Size)
+	image, err := b.r.openImage(ctx, b.contents, want)
 	if err != nil {
 		return err
 	}

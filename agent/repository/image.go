@@ -20,6 +20,7 @@ type Image struct {
 	r        *Repository
 	contents content.Reader
 	size     int64
+	data     int64
 	segments []content.ID
 
 	mu     sync.Mutex
@@ -31,7 +32,7 @@ const keptSegments = 64
 
 // OpenImage opens the image of a backup. A top level that is damaged or does not make up the volume is Corrupt.
 func (r *Repository) OpenImage(ctx context.Context, b Backup) (*Image, error) {
-	return r.openImage(ctx, r.kopia.ContentReader(), b.Image, b.Size)
+	return r.openImage(ctx, r.kopia.ContentReader(), b)
 }
 
 // objectReader is what kopia's object package reads from.
@@ -40,8 +41,9 @@ type objectReader interface {
 	PrefetchContents(ctx context.Context, contentIDs []content.ID, hint string) []content.ID
 }
 
-func (r *Repository) openImage(ctx context.Context, from content.Reader, id ImageID, size int64) (*Image, error) {
-	i := &Image{r: r, contents: from, size: size, segments: make([]content.ID, 0, chunksIn(size, SegmentSize)), chunks: map[int][]Chunk{}}
+func (r *Repository) openImage(ctx context.Context, from content.Reader, b Backup) (*Image, error) {
+	id, size := b.Image, b.Size
+	i := &Image{r: r, contents: from, size: size, data: b.Data, segments: make([]content.ID, 0, chunksIn(size, SegmentSize)), chunks: map[int][]Chunk{}}
 	if size == 0 {
 		return i, nil
 	}
@@ -88,6 +90,29 @@ func (r *Repository) corrupt(err error) error {
 
 // Size is the image's length in bytes.
 func (i *Image) Size() int64 { return i.size }
+
+// Data is how many bytes are in chunks that are not all zero, as the backup's description has it.
+func (i *Image) Data() int64 { return i.data }
+
+// DataIn counts the bytes in the chunks of the n-th segment that are not all zero.
+func (i *Image) DataIn(n int, chunks []Chunk) int64 {
+	var data int64
+	s, _ := i.Segment(n)
+	for k, c := range chunks {
+		if length := min(i.r.ChunkSize(), s.Length-int64(k)*i.r.ChunkSize()); c != i.r.ZeroChunk(length) {
+			data += length
+		}
+	}
+	return data
+}
+
+// Whole is how many of the first segments would be as long in an image of size bytes.
+func (i *Image) Whole(size int64) int {
+	if size == i.size {
+		return len(i.segments)
+	}
+	return int(min(size, i.size) / SegmentSize)
+}
 
 // Segments is how many segments the image has.
 func (i *Image) Segments() int { return len(i.segments) }

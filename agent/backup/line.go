@@ -1,0 +1,489 @@
+package backup
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sync/errgroup"
+
+	"stillpoint.io/stillpoint/adapters"
+	"stillpoint.io/stillpoint/agent/repository"
+	"stillpoint.io/stillpoint/cbt"
+	"stillpoint.io/stillpoint/fault"
+)
+
+// A line is the production line of a backup: one goroutine feeds it with extents, some work on jobs, one writes the
+// index. Everything moves through channels of a fixed length. A segment's chunk list is filled by whoever works on
+// its jobs, each at a place of its own; when the last of them is done the segment goes to the index, in order.
+type line struct {
+	r        *repository.Repository
+	w        *repository.Writer
+	source   adapters.Image
+	base     *repository.Image // nil for a full backup
+	progress *Progress
+	chunk    int64
+	size     int64
+	workers  int
+	buffer   int64 // bytes a worker reads at once
+
+	jobs   chan job
+	pieces chan piece
+	free   sync.Pool // of *segment
+
+	read, audited, fresh atomic.Int64
+	data                 int64 // in chunks that are not all zero
+
+	changed []uint64 // a bit for each chunk that the delta touches, of an incremental
+	touched int64    // bytes of those
+
+	mu      sync.Mutex
+	samples [sampleSize]int64 // offsets of chunks stored, a random choice
+	stored  int
+}
+
+// sampleSize is how many chunks are read back before a backup is committed.
+const sampleSize = 8
+
+// job is a piece of work: chunks to read and store, a base's chunk list to get, or a chunk to audit.
+type job struct {
+	segment      *segment // nil: audit the chunk
+	first, count int      // chunks of the segment; count 0: get the base's list
+	audit        int64    // the chunk's number
+}
+
+// segment is being made from a base's chunks and new ones.
+type segment struct {
+	n      int
+	length int64
+	chunks []repository.Chunk // zero where the base's counts
+	base   []repository.Chunk // shared with the base's image: not to be changed
+	left   atomic.Int32       // jobs, and one for the feeder
+	done   chan struct{}
+}
+
+// piece is what goes to the index next: a segment that was made, or a run of the base's or of all-zero ones.
+type piece struct {
+	made        *segment
+	first, last int // [first, last)
+	zero        bool
+}
+
+func newLine(q Request, source adapters.Image, base *repository.Image, w *repository.Writer) *line {
+	l := &line{
+		r: q.Repository, w: w, source: source, base: base, progress: q.Progress,
+		chunk: q.Repository.ChunkSize(), size: source.Size(),
+	}
+	l.buffer = max(l.chunk, 1<<20)
+	l.workers = q.Budget.workers(l.buffer + packMemory)
+	if l.progress == nil {
+		l.progress = new(Progress)
+	}
+	if base != nil {
+		l.changed = make([]uint64, (l.size/l.chunk)/64+1)
+		l.data = base.Data()
+	}
+	l.jobs, l.pieces = make(chan job, l.workers), make(chan piece, 2*l.workers)
+	l.free.New = func() any {
+		return &segment{chunks: make([]repository.Chunk, 0, repository.SegmentSize/l.chunk), done: make(chan struct{}, 1)}
+	}
+	return l
+}
+
+// run makes the image.
+func (l *line) run(ctx context.Context, extents cbt.Seq) (repository.ImageID, error) {
+	for _, length := range []int64{min(l.chunk, l.size), l.size % l.chunk} {
+		if length > 0 {
+			if _, err := l.w.WriteZero(ctx, length); err != nil {
+				return repository.ImageID{}, err
+			}
+		}
+	}
+	var image repository.ImageID
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error {
+		defer close(l.jobs)
+		defer close(l.pieces)
+		f := feeder{line: l, ctx: ctx}
+		if err := f.feed(extents); err != nil {
+			return err
+		}
+		return l.audit(ctx)
+	})
+	g.Go(func() (err error) {
+		image, err = l.index(ctx)
+		return err
+	})
+	for range l.workers {
+		g.Go(func() error {
+			b, err := newBuffer(l.buffer)
+			if err != nil {
+				return err
+			}
+			defer b.free()
+			for j := range l.jobs {
+				if err := l.work(ctx, j, b.p); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	}
+	return image, g.Wait()
+}
+
+// feeder cuts extents into segments and jobs.
+type feeder struct {
+	*line
+	ctx  context.Context
+	open *segment // being fed
+	next int      // the segment after the last that was fed
+}
+
+func (f *feeder) feed(extents cbt.Seq) error {
+	segments := f.segments()
+	for e, err := range extents {
+		if err != nil {
+			return f.distrust(err)
+		}
+		f.mark(e)
+		for e.Length > 0 {
+			n := int(e.Offset / repository.SegmentSize)
+			start, length := f.bounds(n)
+			if e.Zero && e.Offset == start && e.Length >= length {
+				// Whole segments of zeros.
+				last := n + int(e.Length/repository.SegmentSize)
+				if e.Offset+e.Length == f.size {
+					last = segments
+				}
+				if err := f.skipTo(n); err != nil {
+					return err
+				}
+				if err := f.send(piece{first: n, last: last, zero: true}); err != nil {
+					return err
+				}
+				f.next = last
+				end := min(int64(last)*repository.SegmentSize, f.size)
+				e.Offset, e.Length = end, e.Offset+e.Length-end
+				continue
+			}
+			if f.open == nil || f.open.n != n {
+				if err := f.begin(n); err != nil {
+					return err
+				}
+			}
+			part := min(e.Length, start+length-e.Offset)
+			if err := f.add(cbt.Extent{Offset: e.Offset - start, Length: part, Zero: e.Zero}); err != nil {
+				return err
+			}
+			e.Offset, e.Length = e.Offset+part, e.Length-part
+		}
+	}
+	return f.skipTo(segments)
+}
+
+// distrust turns a broken list of changes into a full backup.
+func (f *feeder) distrust(err error) error {
+	if f.base != nil && f.ctx.Err() == nil && fault.KindOf(err) == fault.Corrupt {
+		return &distrustError{err.Error()}
+	}
+	return err
+}
+
+func (l *line) segments() int {
+	return int((l.size + repository.SegmentSize - 1) / repository.SegmentSize)
+}
+
+func (l *line) bounds(n int) (start, length int64) {
+	start = int64(n) * repository.SegmentSize
+	return start, min(repository.SegmentSize, l.size-start)
+}
+
+// mark remembers what the delta touches.
+func (f *feeder) mark(e cbt.Extent) {
+	if f.base == nil {
+		return
+	}
+	f.touched += e.Length
+	for c := e.Offset / f.chunk; c*f.chunk < e.End(); c++ {
+		f.changed[c/64] |= 1 << (c % 64)
+	}
+}
+
+// skipTo ends the open segment and lets the base's stand for all before n.
+func (f *feeder) skipTo(n int) error {
+	if s := f.open; s != nil {
+		f.open = nil
+		f.finished(s)
+	}
+	for f.next < n {
+		last := n
+		if f.base != nil {
+			last = min(n, f.base.Whole(f.size))
+		}
+		if f.base == nil || last <= f.next {
+			// A segment whose length changed, though nothing in it: it is made anew from the base's chunks.
+			if err := f.begin(f.next); err != nil {
+				return err
+			}
+			f.finished(f.open)
+			f.open = nil
+			continue
+		}
+		if err := f.send(piece{first: f.next, last: last}); err != nil {
+			return err
+		}
+		f.next = last
+	}
+	return nil
+}
+
+// begin opens the n-th segment.
+func (f *feeder) begin(n int) error {
+	if f.open != nil || f.next < n {
+		if err := f.skipTo(n); err != nil {
+			return err
+		}
+	}
+	s := f.free.Get().(*segment)
+	s.n = n
+	_, s.length = f.bounds(n)
+	s.chunks = s.chunks[:(s.length+f.chunk-1)/f.chunk]
+	clear(s.chunks)
+	s.base = nil
+	s.left.Store(1)
+	f.open, f.next = s, n+1
+	if err := f.send(piece{made: s}); err != nil {
+		return err
+	}
+	if f.base != nil && n < f.base.Segments() {
+		return f.do(job{segment: s})
+	}
+	return nil
+}
+
+// add feeds an extent of whole chunks, counted from the segment's start, to the open segment.
+func (f *feeder) add(e cbt.Extent) error {
+	first, last := int(e.Offset/f.chunk), int((e.End()+f.chunk-1)/f.chunk)
+	if e.Zero {
+		for i := first; i < last; i++ {
+			f.open.chunks[i] = f.r.ZeroChunk(f.open.chunkLength(i, f.chunk))
+		}
+		return nil
+	}
+	f.progress.Total.Add(e.Length)
+	for at := int(f.buffer / f.chunk); first < last; first += at {
+		if err := f.do(job{segment: f.open, first: first, count: min(at, last-first)}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *segment) chunkLength(i int, chunk int64) int64 {
+	return min(chunk, s.length-int64(i)*chunk)
+}
+
+func (f *feeder) do(j job) error {
+	j.segment.left.Add(1)
+	return f.submit(f.ctx, j)
+}
+
+func (l *line) submit(ctx context.Context, j job) error {
+	select {
+	case l.jobs <- j:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (f *feeder) send(p piece) error {
+	select {
+	case f.pieces <- p:
+		return nil
+	case <-f.ctx.Done():
+		return f.ctx.Err()
+	}
+}
+
+// finished counts down the work on a segment.
+func (l *line) finished(s *segment) {
+	if s.left.Add(-1) == 0 {
+		s.done <- struct{}{}
+	}
+}
+
+// work does a job. p is the worker's own buffer.
+func (l *line) work(ctx context.Context, j job, p []byte) error {
+	if j.segment == nil {
+		return l.auditChunk(ctx, j.audit, p)
+	}
+	s := j.segment
+	if j.count == 0 {
+		base, err := l.base.Chunks(ctx, s.n)
+		if err != nil {
+			return baseFault(ctx, err)
+		}
+		s.base = base
+		l.finished(s)
+		return nil
+	}
+	start, _ := l.bounds(s.n)
+	at := start + int64(j.first)*l.chunk
+	length := min(int64(j.count)*l.chunk, s.length-int64(j.first)*l.chunk)
+	if err := readFull(ctx, l.source, p, at, length); err != nil {
+		return err
+	}
+	l.read.Add(length)
+	for i := range j.count {
+		n := s.chunkLength(j.first+i, l.chunk)
+		q := p[int64(i)*l.chunk:][:n]
+		if repository.IsZero(q) {
+			s.chunks[j.first+i] = l.r.ZeroChunk(n)
+			continue
+		}
+		c, fresh, err := l.w.Write(ctx, q)
+		if err != nil {
+			return err
+		}
+		s.chunks[j.first+i] = c
+		if fresh {
+			l.fresh.Add(n)
+			l.offer(at + int64(i)*l.chunk)
+		}
+	}
+	l.progress.Done.Add(length)
+	l.finished(s)
+	return nil
+}
+
+// readFull reads length bytes at off into p, which has room for a whole number of blocks.
+func readFull(ctx context.Context, from adapters.Image, p []byte, off, length int64) error {
+	padded := (length + adapters.ImageAlign - 1) / adapters.ImageAlign * adapters.ImageAlign
+	n, err := from.ReadAt(ctx, p[:padded], off)
+	if int64(n) >= length {
+		return nil
+	}
+	if err == nil || errors.Is(err, io.EOF) {
+		err = fault.Errorf(fault.Corrupt, "it ends at %d instead of %d or later", off+int64(n), off+length)
+	}
+	return err
+}
+
+// offer considers a stored chunk for the sample: every one has the same chance.
+func (l *line) offer(off int64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.stored++
+	if l.stored <= sampleSize {
+		l.samples[l.stored-1] = off
+	} else if i := rand.IntN(l.stored); i < sampleSize {
+		l.samples[i] = off
+	}
+}
+
+// sample is what to read back.
+func (l *line) sample() []int64 { return l.samples[:min(l.stored, sampleSize)] }
+
+// index writes the segments in order, and counts the data in them.
+func (l *line) index(ctx context.Context) (repository.ImageID, error) {
+	x := l.w.NewIndex(ctx)
+	defer x.Close()
+	for p := range l.pieces {
+		if err := l.add(ctx, x, p); err != nil {
+			return repository.ImageID{}, err
+		}
+	}
+	if err := ctx.Err(); err != nil {
+		return repository.ImageID{}, err
+	}
+	if l.base != nil {
+		for n := l.segments(); n < l.base.Segments(); n++ { // cut off
+			if err := l.forget(ctx, n); err != nil {
+				return repository.ImageID{}, err
+			}
+		}
+	}
+	return x.Finish(ctx)
+}
+
+func (l *line) add(ctx context.Context, x *repository.Index, p piece) error {
+	switch {
+	case p.made != nil:
+		return l.addMade(ctx, x, p.made)
+	case p.zero:
+		var s repository.Segment
+		for n := p.first; n < p.last; n++ {
+			if l.base != nil && n < l.base.Segments() {
+				if err := l.forget(ctx, n); err != nil {
+					return err
+				}
+			}
+			if _, length := l.bounds(n); length != s.Length {
+				var err error
+				if s, err = l.w.WriteZeroSegment(ctx, length); err != nil {
+					return err
+				}
+			}
+			if err := x.Add(s); err != nil {
+				return err
+			}
+		}
+	default:
+		for n := p.first; n < p.last; n++ {
+			s, _ := l.base.Segment(n)
+			if err := x.Add(s); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// forget takes the base's n-th segment out of the count of data.
+func (l *line) forget(ctx context.Context, n int) error {
+	if _, zero := l.base.Segment(n); zero {
+		return nil
+	}
+	chunks, err := l.base.Chunks(ctx, n)
+	if err != nil {
+		return baseFault(ctx, err)
+	}
+	l.data -= l.base.DataIn(n, chunks)
+	return nil
+}
+
+// addMade waits for a segment's jobs and writes its index.
+func (l *line) addMade(ctx context.Context, x *repository.Index, s *segment) error {
+	select {
+	case <-s.done:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	if s.base != nil {
+		l.data -= l.base.DataIn(s.n, s.base)
+	}
+	for i, c := range s.chunks {
+		if c == (repository.Chunk{}) {
+			if i >= len(s.base) {
+				return fmt.Errorf("nothing is known of the chunk at %d", int64(s.n)*repository.SegmentSize+int64(i)*l.chunk)
+			}
+			c = s.base[i]
+			s.chunks[i] = c
+		}
+		if n := s.chunkLength(i, l.chunk); c != l.r.ZeroChunk(n) {
+			l.data += n
+		}
+	}
+	made, err := l.w.WriteSegment(ctx, s.chunks, s.length)
+	if err != nil {
+		return err
+	}
+	l.free.Put(s)
+	return x.Add(made)
+}

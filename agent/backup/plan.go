@@ -1,0 +1,140 @@
+package backup
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"time"
+
+	"stillpoint.io/stillpoint/adapters"
+	"stillpoint.io/stillpoint/agent/repository"
+	"stillpoint.io/stillpoint/fault"
+)
+
+// Plan says what a backup will do and why.
+type Plan struct {
+	ID       string
+	Snapshot adapters.Snapshot
+	Kind     repository.Kind
+	Base     *repository.Backup // of an incremental
+	Reason   string
+	Existing *repository.Backup // the backup is there already: nothing to do
+}
+
+// String is the plan in a sentence.
+func (p Plan) String() string {
+	if p.Existing != nil {
+		return fmt.Sprintf("%s: nothing to do, %s", p.Snapshot.ID, p.Reason)
+	}
+	return fmt.Sprintf("%s: %s backup %s, %s", p.Snapshot.ID, p.Kind, p.ID, p.Reason)
+}
+
+// Facts is what a plan is made from.
+type Facts struct {
+	ID        string // of the backup, empty to derive it
+	Snapshot  adapters.Snapshot
+	Full      bool                // a full backup is wanted
+	Differs   bool                // the backend can compare snapshots
+	ChunkSize int64               // of the repository, bytes
+	Existing  *repository.Backup  // what bears ID already
+	Backups   []repository.Backup // of the volume
+	Snapshots []adapters.Snapshot // of the volume, verified, in the backend
+}
+
+// MakePlan decides. The base is the newest backup of the volume, in chunks of the same size, whose snapshot is still
+// in the backend: the same one, not another that was given its name later.
+func MakePlan(f Facts) (Plan, error) {
+	s := f.Snapshot
+	switch {
+	case s.Mark != adapters.Verified:
+		return Plan{}, fault.Errorf(fault.Invalid, "snapshot %s: its cut is not verified; cut again", s.ID)
+	case s.State == adapters.Pending:
+		return Plan{}, fault.Errorf(fault.Busy, "snapshot %s: the backend has not finished it yet; try again later", s.ID)
+	case s.State != adapters.Ready:
+		return Plan{}, fault.Errorf(fault.Invalid, "snapshot %s: the backend could not make it; delete it and cut again", s.ID)
+	}
+	p := Plan{ID: cmp.Or(f.ID, DefaultID(s)), Snapshot: s, Kind: repository.Full}
+	if e := f.Existing; e != nil {
+		if !isOf(*e, s) {
+			return Plan{}, fault.Errorf(fault.Invalid, "backup id %s: already that of %s from %s; choose another", e.ID, e.Snapshot, e.Created.Format(time.RFC3339))
+		}
+		p.Kind, p.Existing, p.Reason = e.Kind, e, "it is backed up as "+e.Handle.String()
+		return p, nil
+	}
+	switch {
+	case f.Full:
+		p.Reason = "asked for"
+		return p, nil
+	case !f.Differs:
+		p.Reason = "the backend cannot compare snapshots"
+		return p, nil
+	case len(f.Backups) == 0:
+		p.Reason = "the first of this volume"
+		return p, nil
+	}
+	present := make(map[adapters.SnapshotID]adapters.Snapshot, len(f.Snapshots))
+	for _, s := range f.Snapshots {
+		present[s.ID] = s
+	}
+	for i, b := range f.Backups {
+		at, ok := present[b.Snapshot]
+		if !ok || !isOf(b, at) || at.Size != b.Size || at.State != adapters.Ready || at.Mark != adapters.Verified || b.ChunkSize != f.ChunkSize {
+			continue
+		}
+		if p.Base == nil || b.Created.After(p.Base.Created) {
+			p.Base = &f.Backups[i]
+		}
+	}
+	if p.Base == nil {
+		p.Reason = "no backup of this volume has its snapshot still in the backend"
+		return p, nil
+	}
+	p.Kind, p.Reason = repository.Incremental, "since "+p.Base.Handle.String()
+	return p, nil
+}
+
+// isOf says that b is of s, and not of another snapshot that had its name before.
+func isOf(b repository.Backup, s adapters.Snapshot) bool {
+	return b.Snapshot == s.ID && b.Created.Equal(s.Created)
+}
+
+// DefaultID is the id of a backup of s when nobody chose one.
+func DefaultID(s adapters.Snapshot) string {
+	return adapters.ShortName(s.ID.Full() + " " + s.Created.UTC().Format(time.RFC3339Nano))
+}
+
+// Prepare asks the backend and the repository what they have, and decides. It changes nothing.
+func Prepare(ctx context.Context, q Request) (Plan, error) {
+	s, err := q.Adapter.Snapshot(ctx, q.Snapshot)
+	if err != nil {
+		return Plan{}, err
+	}
+	f := Facts{ID: q.ID, Snapshot: s, Full: q.Full, ChunkSize: q.Repository.ChunkSize()}
+	if f.ID != "" {
+		if err := repository.CheckID(f.ID); err != nil {
+			return Plan{}, err
+		}
+	}
+	all, err := q.Repository.Backups(ctx, repository.Filter{})
+	if err != nil {
+		return Plan{}, err
+	}
+	id := cmp.Or(f.ID, DefaultID(s))
+	for i, b := range all {
+		if b.ID == id {
+			f.Existing = &all[i]
+		}
+		if b.Volume == s.ID.Volume {
+			f.Backups = append(f.Backups, b)
+		}
+	}
+	if _, f.Differs = adapters.As[adapters.Differ](q.Adapter); f.Differs && f.Existing == nil && len(f.Backups) > 0 {
+		for s, err := range q.Adapter.Snapshots(ctx, adapters.Filter{Volume: s.ID.Volume}) {
+			if err != nil {
+				return Plan{}, err
+			}
+			f.Snapshots = append(f.Snapshots, s)
+		}
+	}
+	return MakePlan(f)
+}
