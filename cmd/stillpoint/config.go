@@ -102,7 +102,7 @@ func (c config) openBackend(ctx context.Context, name string) (adapters.Adapter,
 	if err != nil {
 		return nil, fmt.Errorf("backend %q: %w", name, err)
 	}
-	return a, nil
+	return adapters.Retry(a, adapters.RetryPolicy{}), nil
 }
 
 // remote gives a configured remote's place and passphrase.
