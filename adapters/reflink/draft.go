@@ -22,8 +22,8 @@ type draft struct {
 	live         []fiemap.Record // room for the volume's, reused
 }
 
-// pieceMin is the least that Stage clones at once, in bytes: a clone locks the volume.
-const pieceMin = 64 << 20
+// pieceExtents is how many extents Stage clones at once, in some ten milliseconds: a clone locks the volume.
+const pieceExtents = 1000
 
 // newDraft makes an empty draft that can be a clone of source, in a folder, which belongs to the draft then; on an error
 // the folder is closed.
@@ -68,32 +68,45 @@ func (d *draft) clone(source *os.File) error {
 		return err
 	}
 	d.size = st.Size
-	return d.clonePieces(context.Background(), source, d.size)
+	return d.cloneRange(source, 0, d.size)
 }
 
-// cloneAhead clones the volume piece by piece: not one instant, but never in the way for long.
+// cloneAhead clones the volume piece by piece: not one instant, but never in its writers' way for long.
 func (d *draft) cloneAhead(ctx context.Context, source *os.File) error {
 	st, err := stat(source)
 	if err != nil {
 		return err
 	}
 	d.size = st.Size
-	return d.clonePieces(ctx, source, max(pieceMin, (d.size/4096)&^(pieceMin-1)))
-}
-
-func (d *draft) clonePieces(ctx context.Context, source *os.File, piece int64) error {
-	for at := int64(0); at < d.size; at += piece {
+	if d.live, err = collect(ctx, nil, source); err != nil {
+		return err
+	}
+	at := int64(0)
+	for i := pieceExtents; at < d.size; i += pieceExtents {
+		end := d.size
+		if i < len(d.live) {
+			end = min(end, d.live[i].Logical/d.block*d.block)
+		}
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if err := cloneRange(d.file, source, at, min(piece, d.size-at)); err != nil {
-			if st, e := stat(source); e == nil && st.Size < d.size {
-				return fault.Errorf(fault.Unavailable, "it was cut from %d to %d bytes meanwhile; try again", d.size, st.Size)
-			}
+		if err := d.cloneRange(source, at, end-at); err != nil {
 			return err
 		}
+		at = end
 	}
 	return nil
+}
+
+// cloneRange is the function of that name, with a better word for a volume that became smaller meanwhile.
+func (d *draft) cloneRange(source *os.File, offset, length int64) error {
+	err := cloneRange(d.file, source, offset, length)
+	if err != nil {
+		if st, e := stat(source); e == nil && st.Size < d.size {
+			return fault.Errorf(fault.Unavailable, "it was cut from %d to %d bytes meanwhile; try again", d.size, st.Size)
+		}
+	}
+	return err
 }
 
 // list remembers where the draft's blocks are, for the next refresh.
@@ -138,7 +151,7 @@ func (d *draft) refresh(ctx context.Context, source *os.File) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if err := cloneRange(d.file, source, s.from, s.to-s.from); err != nil {
+		if err := d.cloneRange(source, s.from, s.to-s.from); err != nil {
 			return err
 		}
 	}

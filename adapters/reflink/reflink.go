@@ -37,7 +37,6 @@ package reflink
 import (
 	"context"
 	"path"
-	"slices"
 	"strings"
 	"sync"
 
@@ -68,24 +67,19 @@ type Adapter struct {
 }
 
 func open(_ context.Context, c adapters.Config) (adapters.Adapter, error) {
+	params, err := Kind().Params(c)
+	if err != nil {
+		return nil, err
+	}
 	a := &Adapter{backend: c.Name, staged: map[stage]*draft{}}
-	for key := range c.Parameters {
-		if key != "pools" {
-			return nil, fault.Errorf(fault.Invalid, "backend %s: the adapter reflink knows no parameter %q, only \"pools\"", c.Name, key)
-		}
-	}
-	for key := range c.Secrets {
-		return nil, fault.Errorf(fault.Invalid, "backend %s: the adapter reflink takes no secrets, but was given %q", c.Name, key)
-	}
-	if pools, given := c.Parameters["pools"]; given {
-		for p := range strings.SplitSeq(pools, ",") {
+	if _, given := c.Parameters["pools"]; given {
+		for p := range strings.SplitSeq(params.String("pools", ""), ",") {
 			p = strings.TrimSpace(p)
 			if !path.IsAbs(p) {
 				return nil, fault.Errorf(fault.Invalid, "backend %s: pools: %q is not an absolute path of a mount point", c.Name, p)
 			}
 			a.pools = append(a.pools, path.Clean(p))
 		}
-		slices.Sort(a.pools)
 	}
 	return a, nil
 }
