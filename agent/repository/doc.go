@@ -1,2 +1,44 @@
-// Package repository keeps backups in a kopia repository.
+// Package repository keeps backups in a kopia repository: where it is, what is in it, and how a backup lies in it. To
+// kopia a backup is an ordinary snapshot of a folder with two files; `kopia restore` and `kopia mount` read it
+// without Stillpoint.
+//
+// # Layout, version 1
+//
+// The repository is a kopia repository of format version 3: contents are named by BLAKE3-256 keyed with the
+// repository's secret, encrypted with AES256-GCM, and packed. A manifest with the label type=stillpoint holds
+//
+//	{"version":1,"chunk_size":1048576}
+//
+// and makes it one of ours. The chunk size never changes. Kopia's maintenance is owned by stillpoint@HOST.
+//
+// A backup is a manifest with the label type=snapshot, of the source stillpoint@HOST:/BACKEND/VOLUME, where HOST is a
+// cluster or a machine and VOLUME a canonical id, which contains the locality of a node-local volume. Its start is the
+// instant of the volume's snapshot. Three tags say what it is: backup (the id, chosen when it was begun), volume (its
+// handle) and stillpoint (the text of volume.json in one line). The root is a kopia directory (a content with prefix k)
+// of two files:
+//
+//	volume.json   what it was: see Backup; "version" is the layout's, "image" the object id of disk.img,
+//	              "base" and "base_image" those of the backup that an incremental was made from
+//	disk.img      the volume, byte for byte
+//
+// disk.img is an index of indexes, in kopia's words an indirect object whose parts are indirect objects:
+//
+//	top level     {"stream":"kopia:indirect","entries":[{"l":67108864,"o":"Ix<hash>"},{"s":67108864,"l":…,"o":…},…]}
+//	segment       {"stream":"kopia:indirect","entries":[{"l":1048576,"o":"<hash>"},{"s":1048576,"l":…,"o":…},…]}
+//	chunk         the bytes
+//
+// s is where a part starts within the object (left out when 0), l its length in bytes, o its object id: the content's
+// id, with an I before it when that content is an index. Indexes are contents with prefix x and end in a newline. A
+// segment is SegmentSize bytes and its index one content; a chunk is the chunk size; the last of either is what
+// remains. The top level is cut into contents of 1 MiB if it is longer, and its own index is one more level of the same
+// kind. All chunks of zeros are one content (for each length), and all segments of zeros are one index. A volume of no
+// bytes is an empty file.
+//
+// So the id of disk.img is a digest of every byte, an index costs about 110 bytes for each chunk and segment that
+// changed, and every backup is complete: an incremental differs from a full one only in what had to be done for it.
+//
+// # Promises
+//
+// No blob is rewritten in place, except those that kopia's own maintenance owns. A backup is listed only after its data
+// was made durable and a sample of it read back. Forgetting a backup deletes its manifest and nothing else.
 package repository

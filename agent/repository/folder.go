@@ -21,8 +21,8 @@ import (
 //
 //   - A blob is durable when PutBlob returns: file and directory are synced. Kopia syncs nothing, so that after a power
 //     failure an index may name packs that are empty, and later backups would refer to them.
-//   - A file is written past the page cache where the filesystem allows: half the processor time, and the volumes
-//     being read keep their cache.
+//   - Packs are written and read past the page cache where the filesystem allows: half the processor time, nobody
+//     else's cache is lost, and what is read back comes from the medium.
 //   - A failed write is an error at once and leaves no file. Kopia sleeps and retries ten times on a full disk, and
 //     leaves ten pieces that keep it full.
 //   - What a killed process left half-written is removed by the next one that writes.
@@ -88,16 +88,25 @@ func (f *folderFiles) GetBlobFromPath(ctx context.Context, _, path string, offse
 		}
 		offset, n = 0, info.Size()
 	}
+	if n >= directMin {
+		if _, err := setDirect(file, true); err != nil {
+			return err
+		}
+	}
 	p := buffers.Get().(*buffer)
 	defer buffers.Put(p)
 	for n > 0 {
-		want := min(n, int64(len(p)))
-		if _, err := file.ReadAt(p[:want], offset); errors.Is(err, io.EOF) {
-			return fmt.Errorf("%s is too short: %w", path, blob.ErrInvalidRange)
-		} else if err != nil {
+		skip := offset % blockSize
+		want := min(n, int64(len(p))-skip)
+		padded := (skip + want + blockSize - 1) / blockSize * blockSize
+		got, err := file.ReadAt(p[:padded], offset-skip)
+		if int64(got) < skip+want {
+			if errors.Is(err, io.EOF) {
+				return fmt.Errorf("%s is too short: %w", path, blob.ErrInvalidRange)
+			}
 			return err
 		}
-		if _, err := output.Write(p[:want]); err != nil {
+		if _, err := output.Write(p[skip : skip+want]); err != nil {
 			return err
 		}
 		offset, n = offset+want, n-want
@@ -271,17 +280,36 @@ var buffers = sync.Pool{New: func() any {
 	return (*buffer)(raw[skip:])
 }}
 
+// directMin is from how many bytes on a read is worth passing the page cache by. Smaller ones are of indexes, and come
+// again.
+const directMin = 64 << 10
+
+// setDirect turns direct access to a file on or off and says whether it is on: some filesystems have none.
+func setDirect(file *os.File, on bool) (bool, error) {
+	flags, err := unix.FcntlInt(file.Fd(), unix.F_GETFL, 0)
+	if err != nil {
+		return false, fmt.Errorf("%s: %w", file.Name(), err)
+	}
+	if !on {
+		flags &^= unix.O_DIRECT
+	} else {
+		flags |= unix.O_DIRECT
+	}
+	_, err = unix.FcntlInt(file.Fd(), unix.F_SETFL, flags)
+	if on && errors.Is(err, unix.EINVAL) {
+		return false, nil
+	}
+	return on && err == nil, err
+}
+
 // fill writes data to a new file: whole blocks directly, the rest through the page cache.
 func fill(ctx context.Context, file *os.File, data blob.Bytes) error {
-	fd := int(file.Fd())
-	flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFL, 0)
-	if err != nil {
-		return err
-	}
 	direct := false
 	if data.Length() >= blockSize {
-		_, err := unix.FcntlInt(uintptr(fd), unix.F_SETFL, flags|unix.O_DIRECT)
-		direct = err == nil // EINVAL: a filesystem without direct writes
+		var err error
+		if direct, err = setDirect(file, true); err != nil {
+			return err
+		}
 	}
 	in := data.Reader()
 	defer in.Close()
@@ -305,15 +333,17 @@ func fill(ctx context.Context, file *os.File, data blob.Bytes) error {
 				return err
 			}
 		}
-		if last {
-			if whole == n {
-				return nil
-			}
-			if _, err := unix.FcntlInt(uintptr(fd), unix.F_SETFL, flags); err != nil {
+		if !last {
+			continue
+		}
+		if whole < n {
+			if _, err := setDirect(file, false); err != nil {
 				return err
 			}
-			_, err := file.Write(p[whole:n])
-			return err
+			if _, err := file.Write(p[whole:n]); err != nil {
+				return err
+			}
 		}
+		return nil
 	}
 }

@@ -1,0 +1,59 @@
+package repository
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+)
+
+// Dump writes a backup's index as text, for people who look into the format: the description, then a line for each
+// segment, and for each chunk of those that are not all zero. Everything is read as it is stored, so a damaged index
+// fails at the damage.
+func (r *Repository) Dump(ctx context.Context, out io.Writer, b Backup) error {
+	text, err := json.MarshalIndent(b, "", "  ")
+	if err != nil {
+		return err
+	}
+	if _, err := fmt.Fprintf(out, "%s\nmanifest %s, directory %s\n", text, b.manifest, b.root); err != nil {
+		return err
+	}
+	image, err := r.OpenImage(ctx, b)
+	if err != nil {
+		return err
+	}
+	defer image.Close()
+	for n := range image.Segments() {
+		s, zero := image.Segment(n)
+		at := int64(n) * SegmentSize
+		if zero {
+			if _, err := fmt.Fprintf(out, "%16d %12d I%s zero\n", at, s.Length, s.id); err != nil {
+				return err
+			}
+			continue
+		}
+		if _, err := fmt.Fprintf(out, "%16d %12d I%s\n", at, s.Length, s.id); err != nil {
+			return err
+		}
+		chunks, err := image.Chunks(ctx, n)
+		if err != nil {
+			return err
+		}
+		for k, c := range chunks {
+			off := int64(k) * r.ChunkSize()
+			length := min(r.ChunkSize(), s.Length-off)
+			where := "zero"
+			if c != r.ZeroChunk(length) {
+				info, err := r.kopia.ContentInfo(ctx, c.id)
+				if err != nil {
+					return fmt.Errorf("chunk %s: %w", c, r.corrupt(err))
+				}
+				where = fmt.Sprintf("%s+%d %d", info.PackBlobID, info.PackOffset, info.PackedLength)
+			}
+			if _, err := fmt.Fprintf(out, "  %14d %12d %s %s\n", at+off, length, c, where); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
