@@ -1,0 +1,68 @@
+package freezer
+
+import (
+	"fmt"
+	"os"
+	"runtime"
+	"slices"
+	"strconv"
+
+	"golang.org/x/sys/unix"
+)
+
+// isolated marks a process that Isolate has made.
+const isolated = "STILLPOINT_FREEZER_ISOLATED"
+
+// kept are the capabilities that a freezer needs: to freeze and mount, to open other users' folders, to lock memory,
+// to lower its oom_score_adj, and to have its thaws scheduled first.
+var kept = []int{unix.CAP_SYS_ADMIN, unix.CAP_DAC_READ_SEARCH, unix.CAP_DAC_OVERRIDE, unix.CAP_IPC_LOCK, unix.CAP_SYS_RESOURCE, unix.CAP_SYS_NICE}
+
+// Isolate is the first act of the freezer's program: it leaves the network and the capabilities that it does not
+// need, and executes itself anew, because both belong to single threads and a Go program has several from the start.
+// In the new program it does nothing.
+func Isolate() error {
+	if os.Getenv(isolated) != "" {
+		return os.Unsetenv(isolated)
+	}
+	runtime.LockOSThread()
+	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+		return fmt.Errorf("leaving the network: %w: the freezer needs CAP_SYS_ADMIN", err)
+	}
+	for c := range unix.CAP_LAST_CAP + 1 {
+		if !slices.Contains(kept, c) {
+			// Fails without CAP_SETPCAP, and then somebody has cut the set down already.
+			_ = unix.Prctl(unix.PR_CAPBSET_DROP, uintptr(c), 0, 0, 0)
+		}
+	}
+	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
+		return fmt.Errorf("setting no_new_privs: %w", err)
+	}
+	err := unix.Exec("/proc/self/exe", os.Args, append(os.Environ(), isolated+"=1"))
+	return fmt.Errorf("executing the freezer anew: %w", err)
+}
+
+// harden makes the process one that a machine short of memory, or with its disks frozen, still runs: never killed for
+// memory, wholly in memory (its program included: a page fault on a file can wait for a disk), ahead of others on the
+// processors. Threads and long-lived memory should exist by now.
+func harden() error {
+	if err := os.WriteFile("/proc/self/oom_score_adj", []byte("-1000"), 0); err != nil {
+		return fmt.Errorf("setting oom_score_adj to -1000: %w: the freezer needs CAP_SYS_RESOURCE", err)
+	}
+	// First everything there is, then whatever comes as it is touched: memory without a file can be made without a disk.
+	if err := unix.Mlockall(unix.MCL_CURRENT); err != nil {
+		return fmt.Errorf("locking the freezer's memory: %w: it needs CAP_IPC_LOCK", err)
+	}
+	if err := unix.Mlockall(unix.MCL_CURRENT | unix.MCL_FUTURE | unix.MCL_ONFAULT); err != nil {
+		return fmt.Errorf("locking the freezer's memory: %w: it needs CAP_IPC_LOCK", err)
+	}
+	tasks, err := os.ReadDir("/proc/self/task")
+	if err != nil {
+		return err
+	}
+	for _, t := range tasks {
+		if tid, err := strconv.Atoi(t.Name()); err == nil {
+			_ = unix.Setpriority(unix.PRIO_PROCESS, tid, -20) // better with CAP_SYS_NICE; right without
+		}
+	}
+	return nil
+}
