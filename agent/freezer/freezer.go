@@ -160,6 +160,7 @@ func asError(err error) *Error {
 // Status is what the freezer knows of itself, for metrics and people.
 type Status struct {
 	Version     string
+	Weakness    string       // what the freezer lacks to be fully hardened, in words; empty is best
 	Lease       *LeaseStatus // nil when there is none
 	Guard       bool         // the second process answers
 	Filesystems []FilesystemStatus

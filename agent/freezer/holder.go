@@ -15,14 +15,15 @@ import (
 // holder is the first process: it owns the leases.
 type holder struct {
 	*warden
-	ledger  *ledger
-	threads *threads
-	records string
-	version string
-	paths   []string          // whose filesystems are refused besides the system's
-	own     map[Device]string // superblocks of our own open files and folders
-	woken   chan struct{}     // capacity 1: there is a new lease, or one ended
-	group   sync.WaitGroup    // every goroutine that outlives a call
+	ledger   *ledger
+	threads  *threads
+	records  string
+	version  string
+	weakness string
+	paths    []string          // whose filesystems are refused besides the system's
+	own      map[Device]string // superblocks of our own open files and folders
+	woken    chan struct{}     // capacity 1: there is a new lease, or one ended
+	group    sync.WaitGroup    // every goroutine that outlives a call
 
 	starting sync.Mutex // held while a guard is started; never together with mu for longer than a look
 
@@ -61,9 +62,12 @@ func newHolder(o Options, own map[Device]string) (*holder, error) {
 		return nil, err
 	}
 	h.threads.ensure(4)
-	if err := harden(); err != nil {
+	if h.weakness, err = harden(); err != nil {
 		h.close()
 		return nil, err
+	}
+	if h.weakness != "" {
+		o.Log("%s", h.weakness)
 	}
 	return h, nil
 }
@@ -475,7 +479,7 @@ func (h *holder) wake() {
 func (h *holder) status() *Status {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	s := &Status{Version: h.version, Guard: h.guard != nil && !h.guard.dead()}
+	s := &Status{Version: h.version, Weakness: h.weakness, Guard: h.guard != nil && !h.guard.dead()}
 	now := boottime()
 	if g := h.current; g != nil {
 		s.Lease = &LeaseStatus{Filesystems: g.request.Filesystems, Age: time.Duration(now - g.started), Deadline: time.Duration(g.deadline - now)}
@@ -501,19 +505,23 @@ func (h *holder) status() *Status {
 	return s
 }
 
-// close ends everything in order: leases, guard, ledger.
-func (h *holder) close() {
+// drain refuses new leases, and ends and retires those that there are.
+func (h *holder) drain() {
 	h.mu.Lock()
 	h.closing = true
 	h.mu.Unlock()
-	grants, guard := h.unretired(), h.theGuard()
+	grants := h.unretired()
 	for _, g := range grants {
 		h.end(g, "the freezer is stopping", false)
 	}
 	for _, g := range grants {
 		<-g.retired
 	}
-	if guard != nil {
+}
+
+// close lets the guard and the ledger go. Nobody may use h any more.
+func (h *holder) close() {
+	if guard := h.theGuard(); guard != nil {
 		guard.close()
 		select {
 		case <-guard.gone:

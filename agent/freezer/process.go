@@ -1,6 +1,7 @@
 package freezer
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"runtime"
@@ -41,28 +42,29 @@ func Isolate() error {
 	return fmt.Errorf("executing the freezer anew: %w", err)
 }
 
-// harden makes the process one that a machine short of memory, or with its disks frozen, still runs: never killed for
-// memory, wholly in memory (its program included: a page fault on a file can wait for a disk), ahead of others on the
-// processors. Threads and long-lived memory should exist by now.
-func harden() error {
+// harden makes the process one that a machine short of memory, or with its disks frozen, still runs: wholly in memory
+// (its program included: a page fault on a file can wait for a disk), never killed for memory, ahead of others on the
+// processors. Threads and long-lived memory should exist by now. Without CAP_SYS_RESOURCE it may be killed for memory:
+// that is said (weakness) and not refused, because the other process and the sweep are there for it.
+func harden() (weakness string, err error) {
 	if err := os.WriteFile("/proc/self/oom_score_adj", []byte("-1000"), 0); err != nil {
-		return fmt.Errorf("setting oom_score_adj to -1000: %w: the freezer needs CAP_SYS_RESOURCE", err)
+		weakness = fmt.Sprintf("without CAP_SYS_RESOURCE the freezer may be killed when memory runs out (oom_score_adj: %v)", errors.Unwrap(err))
 	}
 	// First everything there is, then whatever comes as it is touched: memory without a file can be made without a disk.
 	if err := unix.Mlockall(unix.MCL_CURRENT); err != nil {
-		return fmt.Errorf("locking the freezer's memory: %w: it needs CAP_IPC_LOCK", err)
+		return "", fmt.Errorf("locking the freezer's memory: %w: it needs CAP_IPC_LOCK", err)
 	}
 	if err := unix.Mlockall(unix.MCL_CURRENT | unix.MCL_FUTURE | unix.MCL_ONFAULT); err != nil {
-		return fmt.Errorf("locking the freezer's memory: %w: it needs CAP_IPC_LOCK", err)
+		return "", fmt.Errorf("locking the freezer's memory: %w: it needs CAP_IPC_LOCK", err)
 	}
 	tasks, err := os.ReadDir("/proc/self/task")
 	if err != nil {
-		return err
+		return "", err
 	}
 	for _, t := range tasks {
 		if tid, err := strconv.Atoi(t.Name()); err == nil {
 			_ = unix.Setpriority(unix.PRIO_PROCESS, tid, -20) // better with CAP_SYS_NICE; right without
 		}
 	}
-	return nil
+	return weakness, nil
 }

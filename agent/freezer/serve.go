@@ -74,9 +74,10 @@ func Serve(ctx context.Context, o Options) error {
 	watching, stop := context.WithCancel(context.Background())
 	h.group.Go(func() { h.watch(watching) })
 	defer func() {
-		h.close()
+		h.drain()
 		stop()
 		h.group.Wait()
+		h.close()
 	}()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
