@@ -2,6 +2,7 @@ package reflink
 
 import (
 	"bytes"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -159,18 +160,74 @@ func TestInUse(t *testing.T) {
 	})
 }
 
-// TestFull: a pool without room fails a restore and keeps its volumes.
+// TestFull: a pool without room fails a restore and a snapshot, and keeps what it has. Half a clone is no snapshot.
 func TestFull(t *testing.T) {
 	onPools(t, func(t *testing.T, x fixture) {
 		ctx := t.Context()
+		scatter(t, x.fs.Mount+"/v", 8000)
+		v, err := x.Volume(ctx, typed(x.fs.Mount+"/v"))
+		must(t, err)
+		_, err = x.Gate(ctx, ids(v.ID)) // makes the folder
+		must(t, err)
 		target, err := x.Begin(ctx, adapters.VolumeSpec{ID: typed(x.fs.Mount + "/new"), Size: 2 * poolSize, Token: "t"})
 		must(t, err)
-		p := aligned(16 << 20)
-		fill(p[:4096], random(1))
-		for off := int64(0); err == nil && off < 2*poolSize; off += int64(len(p)) {
+		// A file keeps room for inodes: the snapshot is to fail in the middle of its clone.
+		must(t, os.WriteFile(filepath.Join(x.fs.Mount, folderName, "not-ours"), nil, 0o600))
+		x.occupy(t, 1<<20)
+		p := aligned(1 << 20)
+		fill(p, random(1))
+		for off := int64(0); err == nil && off < poolSize; off += int64(len(p)) {
 			err = target.WriteAt(ctx, p, off)
 		}
 		want(t, "a full pool", err, fault.Exhausted)
+		_, err = x.Gate(ctx, ids(v.ID))
+		want(t, "a full pool: gate", err, fault.Exhausted)
+		content, err := os.ReadFile(x.fs.Mount + "/v")
+		must(t, err)
+		n := 0
+		for ; n < 5; n++ { // on XFS soon the metadata of the next clone does not fit
+			s, err := x.CreateSnapshot(ctx, v.ID, fmt.Sprint(n))
+			if err != nil {
+				want(t, "a full pool: snapshot", err, fault.Exhausted)
+				break
+			}
+			must(t, x.Publish(ctx, s.ID, adapters.Notes{}))
+			if !bytes.Equal(x.read(t, s.ID), content) {
+				t.Fatalf("snapshot %d is half a snapshot", n)
+			}
+		}
+		if got := x.list(t, adapters.Filter{Cutting: true}); len(got) != n {
+			t.Errorf("%d snapshots succeeded, listed are %v", n, got)
+		}
 		must(t, target.Abort(ctx))
+		must(t, os.Remove(x.fs.Mount+"/full"))
+		for i := range n {
+			must(t, x.DeleteSnapshot(ctx, adapters.SnapshotID{Volume: v.ID, Name: fmt.Sprint(i)}))
+		}
+		if _, err := x.CreateSnapshot(ctx, v.ID, "s"); err != nil {
+			t.Errorf("with room again: %v", err)
+		}
 	})
+}
+
+// occupy fills the pool with a file until less than free bytes are left.
+func (x fixture) occupy(t testing.TB, free int64) {
+	t.Helper()
+	f, err := os.Create(x.fs.Mount + "/full")
+	must(t, err)
+	defer f.Close()
+	for at := int64(0); ; {
+		var fs unix.Statfs_t
+		must(t, unix.Statfs(x.fs.Mount, &fs))
+		left := int64(fs.Bavail) * fs.Bsize
+		if left < free {
+			return
+		}
+		n := max(64<<10, left/2)
+		if err := unix.Fallocate(int(f.Fd()), 0, at, n); err == unix.ENOSPC {
+			return
+		}
+		at += n
+		must(t, f.Sync())
+	}
 }

@@ -190,20 +190,7 @@ func TestGate(t *testing.T) {
 		want(t, "read-only: stage", x.Stage(ctx, id, "s"), fault.Unsupported)
 		must(t, unix.Mount("", x.fs.Mount, "", unix.MS_REMOUNT, ""))
 
-		var fs unix.Statfs_t
-		must(t, unix.Statfs(x.fs.Mount, &fs))
-		full, err := os.Create(x.fs.Mount + "/full")
-		must(t, err)
-		defer full.Close()
-		for at := int64(0); int64(fs.Bavail)*fs.Bsize > 60<<20; {
-			n := max(8<<20, int64(fs.Bavail)*fs.Bsize/2)
-			if err := unix.Fallocate(int(full.Fd()), 0, at, n); err == unix.ENOSPC {
-				break
-			}
-			at += n
-			must(t, full.Sync())
-			must(t, unix.Statfs(x.fs.Mount, &fs))
-		}
+		x.occupy(t, 60<<20)
 		_, err = x.Gate(ctx, ids(id))
 		want(t, "nearly full", err, fault.Exhausted)
 	})
