@@ -53,12 +53,11 @@ type OpenOptions struct {
 	Remote   string // the remote's name in handles, "default" if empty
 	Host     string // the cluster or host that backups are filed under, the machine's host name if empty
 	ReadOnly bool   // every change is refused, also by kopia
-	// Cache is a folder for local copies of the repository's content index, safe to lose and to share with other
-	// processes; worth it from some hundred GiB of data on. If empty, the index is in memory while the repository is open.
-	Cache string
 }
 
-// Repository is an open kopia repository. Its methods are safe in parallel. Close it.
+// Repository is an open kopia repository. Its methods are safe in parallel. Close it. Nothing of it is kept on this
+// machine: kopia's index of all contents is in memory while the repository is open, about 60 bytes for each chunk that
+// is stored.
 type Repository struct {
 	at       Location
 	remote   string
@@ -194,7 +193,7 @@ func connect(ctx context.Context, at Location, passphrase adapters.Secret, o Ope
 	}
 	config, err := json.Marshal(repo.LocalConfig{
 		Storage: &blob.ConnectionInfo{Type: folderType, Config: &folderOptions{Path: at.Path}},
-		Caching: &content.CachingOptions{CacheDirectory: o.Cache},
+		Caching: &content.CachingOptions{}, // none
 		ClientOptions: repo.ClientOptions{
 			Hostname: o.Host, Username: userName, Description: at.String(), ReadOnly: o.ReadOnly,
 			FormatBlobCacheDuration: format.DefaultRepositoryBlobCacheDuration,
