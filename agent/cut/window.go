@@ -44,7 +44,21 @@ func cutting(ctx context.Context, r Request, n Node, members []member, p Plan, c
 	if err := n.sync(ctx, r, p.frozen()); err != nil {
 		return w, err
 	}
-	return w, w.run(ctx, r, n, members, p, client)
+	for {
+		err := w.run(ctx, r, n, members, p, client)
+		var busy *freezer.Error
+		if w.begun || !errors.As(err, &busy) || busy.Reason != freezer.Busy || busy.Wait <= 0 {
+			return w, inWords(err, r)
+		}
+		select { // it was frozen a moment ago, and has a right to some time in between
+		case <-time.After(busy.Wait):
+		case <-ctx.Done():
+			return w, errors.Join(inWords(err, r), ctx.Err())
+		}
+		if err := n.sync(ctx, r, p.frozen()); err != nil {
+			return w, err
+		}
+	}
 }
 
 // run is the window itself. From the first freeze to the last thaw it prints and logs nothing, opens no file and waits
@@ -54,7 +68,6 @@ func (w *window) run(ctx context.Context, r Request, n Node, members []member, p
 	begin := time.Now()
 	wctx, cancel := context.WithTimeout(ctx, r.MaxFreeze-margin)
 	defer cancel()
-	w.begun = true
 
 	var lease *freezer.Lease
 	var err error
@@ -67,6 +80,7 @@ func (w *window) run(ctx context.Context, r Request, n Node, members []member, p
 			break
 		}
 		readings = append(readings, before)
+		w.begun = true
 		if err = w.snapshot(wctx, r, members, step.Snapshot, lease); err != nil {
 			break
 		}
@@ -86,7 +100,7 @@ func (w *window) run(ctx context.Context, r Request, n Node, members []member, p
 		w.unverified = append(w.unverified, b.uncounted...)
 	}
 	w.jumped = time.Now().Round(0).Sub(begin.Round(0)) - time.Since(begin)
-	return inWords(err, r)
+	return err
 }
 
 // thaw ends the lease and keeps its report. It waits by the freezer's own time-outs, not by the cut's context.
