@@ -3,7 +3,6 @@ package reflink
 import (
 	"context"
 	"os"
-	"slices"
 
 	"golang.org/x/sys/unix"
 
@@ -14,12 +13,11 @@ import (
 // draft is a clone that has no name yet. The kernel removes it when it is closed, also by the death of the process.
 type draft struct {
 	folder, file *os.File
-	of           *os.File // the volume, when staged: by O_PATH, which pins the file's number and does not count as a use of it
-	size         int64    // of the clone, bytes
-	block        int64    // of the filesystem, bytes
-	moves        bool     // the filesystem may move the blocks of a file that nobody writes to
-	extents      []fiemap.Record
-	live         []fiemap.Record // room for the volume's, reused
+	of           *os.File        // the volume, when staged: by O_PATH, which pins the file's number and does not count as a use of it
+	size         int64           // of the clone, bytes
+	block        int64           // of the filesystem, bytes
+	moves        bool            // the filesystem may move the blocks of a file that nobody writes to
+	extents      []fiemap.Record // where its blocks were when it was last made equal to the volume
 }
 
 // pieceExtents is how many extents Stage clones at once, in some ten milliseconds: a clone locks the volume.
@@ -78,14 +76,15 @@ func (d *draft) cloneAhead(ctx context.Context, source *os.File) error {
 		return err
 	}
 	d.size = st.Size
-	if d.live, err = collect(ctx, nil, source); err != nil {
+	extents, err := collect(ctx, 0, source)
+	if err != nil {
 		return err
 	}
 	at := int64(0)
 	for i := pieceExtents; at < d.size; i += pieceExtents {
 		end := d.size
-		if i < len(d.live) {
-			end = min(end, d.live[i].Logical/d.block*d.block)
+		if i < len(extents) {
+			end = min(end, extents[i].Logical/d.block*d.block)
 		}
 		if err := ctx.Err(); err != nil {
 			return err
@@ -111,16 +110,17 @@ func (d *draft) cloneRange(source *os.File, offset, length int64) error {
 
 // list remembers where the draft's blocks are, for the next refresh.
 func (d *draft) list(ctx context.Context) (err error) {
-	d.extents, err = collect(ctx, d.extents[:0], d.file)
+	d.extents, err = collect(ctx, len(d.extents), d.file)
 	return err
 }
 
 // refresh makes the draft equal to the volume again, by cloning the ranges whose blocks are not the same. If the volume
 // is left alone during the call, the result is the volume at that instant.
 //
-// What proves equality is that a block has one content as long as the draft holds it. On XFS such a block stays where
-// it is, so the listing made while staging is good. btrfs may have moved the draft's blocks since (a balance) and given
-// their old addresses away: there the draft is listed anew.
+// What proves equality is that a block has one content as long as the draft holds it. On XFS the draft's blocks stay
+// where they are, so the listing made while staging is good. btrfs may move them (a balance) and give their addresses to
+// others: there the draft is listed once more after the volume, and a block counts as the same only if it had the
+// volume's address both before and after.
 func (d *draft) refresh(ctx context.Context, source *os.File) error {
 	st, err := stat(source)
 	if err != nil {
@@ -139,15 +139,19 @@ func (d *draft) refresh(ctx context.Context, source *os.File) error {
 		}
 		d.size = st.Size
 	}
-	if d.moves {
-		if err := d.list(ctx); err != nil {
-			return err
-		}
-	}
-	if d.live, err = collect(ctx, slices.Grow(d.live[:0], len(d.extents)), source); err != nil {
+	live, err := collect(ctx, len(d.extents), source)
+	if err != nil {
 		return err
 	}
-	for _, s := range differing(d.extents, d.live, d.size, d.block) {
+	listings := [][]fiemap.Record{live, d.extents}
+	if d.moves {
+		after, err := collect(ctx, len(d.extents), d.file)
+		if err != nil {
+			return err
+		}
+		listings = append(listings, after)
+	}
+	for _, s := range differing(d.size, d.block, listings...) {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
@@ -158,29 +162,36 @@ func (d *draft) refresh(ctx context.Context, source *os.File) error {
 	return nil
 }
 
-func collect(ctx context.Context, into []fiemap.Record, f *os.File) ([]fiemap.Record, error) {
+// collect lists a file's extents, of which there are about n.
+func collect(ctx context.Context, n int, f *os.File) ([]fiemap.Record, error) {
+	records := make([]fiemap.Record, 0, n+n/8)
 	for r, err := range fiemap.Extents(ctx, f, 0) {
 		if err != nil {
-			return into, err
+			return nil, err
 		}
-		into = append(into, r)
+		records = append(records, r)
 	}
-	return into, nil
+	return records, nil
 }
 
 // span is the bytes [from, to).
 type span struct{ from, to int64 }
 
-// differing returns the ranges of a file of size bytes in which two listings do not prove it equal, rounded outward to
+// differing returns the ranges of a file of size bytes in which its listings do not prove it equal, rounded outward to
 // blocks and merged. Listings are ascending; what they do not mention is a hole.
-func differing(x, y []fiemap.Record, size, block int64) []span {
+func differing(size, block int64, listings ...[]fiemap.Record) []span {
 	var spans []span
 	for at := int64(0); at < size; {
-		var p, q run
-		p, x = nextRun(x, at, size)
-		q, y = nextRun(y, at, size)
-		end := min(p.end, q.end)
-		if !p.equals(q) {
+		var first run
+		end, equal := size, true
+		for i, rest := range listings {
+			r, rest := nextRun(rest, at, size)
+			if i == 0 {
+				first = r
+			}
+			listings[i], end, equal = rest, min(end, r.end), equal && r.equals(first)
+		}
+		if !equal {
 			s := span{at / block * block, min(size, (end+block-1)/block*block)}
 			if n := len(spans); n > 0 && spans[n-1].to >= s.from {
 				spans[n-1].to = s.to

@@ -82,7 +82,7 @@ func (p place) makeFolder() (*os.File, error) {
 		defer dir.Close()
 		err = unix.Mkdirat(int(dir.Fd()), folderName, 0o700)
 		if err != nil && err != unix.EEXIST {
-			return nil, failed(err, "volume %s: making the snapshot folder in %s", p.id, m.point)
+			return nil, failed(err, "making the snapshot folder in %s", m.point)
 		}
 		f, err := openBeneath(dir, folderName, os.O_RDONLY|unix.O_DIRECTORY)
 		if err == unix.ENOTDIR {
@@ -95,11 +95,11 @@ func (p place) makeFolder() (*os.File, error) {
 			if f != nil {
 				f.Close()
 			}
-			return nil, failed(err, "volume %s: snapshot folder %s/%s", p.id, m.point, folderName)
+			return nil, failed(err, "snapshot folder %s/%s", m.point, folderName)
 		}
 		return f, nil
 	}
-	return nil, failed(unix.EROFS, "volume %s", p.id)
+	return nil, unix.EROFS
 }
 
 // find looks a snapshot's file up, in the folders above the volume; nil if there is none.

@@ -80,6 +80,9 @@ func (a *Adapter) discover() ([]pool, error) {
 		i := slices.IndexFunc(pools, func(p pool) bool { return p.device == m.device })
 		if i < 0 {
 			dir, err := m.open()
+			if errors.Is(err, unix.EACCES) || errors.Is(err, unix.EPERM) {
+				return nil, failed(errno(err), "looking at the mount %s", m.point)
+			}
 			if err != nil {
 				continue // hidden under a later mount, or gone
 			}
@@ -366,17 +369,14 @@ func (p place) openVolume() (*os.File, mount, error) {
 	// O_PATH first: opening a device or a pipe would have effects.
 	f, m, err := p.open(p.path, unix.O_PATH)
 	if err != nil {
-		return nil, m, failed(err, "volume %s", p.id)
+		return nil, m, err
 	}
 	defer f.Close()
 	if err := regular(f); err != nil {
-		return nil, m, failed(err, "volume %s", p.id)
+		return nil, m, err
 	}
-	r, err := os.OpenFile(procPath(f), os.O_RDONLY|unix.O_NOATIME|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return nil, m, failed(errno(err), "volume %s", p.id)
-	}
-	return r, m, nil
+	r, err := reopen(f, os.O_RDONLY|unix.O_NOATIME)
+	return r, m, err
 }
 
 // regular refuses what is not a regular file with a name.

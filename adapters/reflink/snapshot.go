@@ -59,13 +59,13 @@ func (a *Adapter) create(ctx context.Context, at place, staged *draft, wanted st
 	d := staged
 	source, _, err := at.openVolume()
 	if err != nil {
-		return adapters.Snapshot{}, err
+		return adapters.Snapshot{}, failed(err, "volume %s", at.id)
 	}
 	defer source.Close()
 	if d == nil {
 		folder, err := at.makeFolder()
 		if err != nil {
-			return adapters.Snapshot{}, err
+			return adapters.Snapshot{}, failed(err, "volume %s", at.id)
 		}
 		if d, err = newDraft(folder, source); err != nil {
 			return adapters.Snapshot{}, failed(err, "volume %s", at.id)

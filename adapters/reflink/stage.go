@@ -113,7 +113,7 @@ func (a *Adapter) Stage(ctx context.Context, id adapters.VolumeID, wanted string
 	}
 	source, _, err := at.openVolume()
 	if err != nil {
-		return err
+		return failed(err, "volume %s", at.id)
 	}
 	defer source.Close()
 	d := a.take(stage{at.id, wanted})

@@ -103,17 +103,18 @@ func TestDiffering(t *testing.T) {
 	const block, size = 4, 61
 	for seed := range uint64(3000) {
 		r := rand.New(rand.NewPCG(seed, 1))
-		x, y := randomListing(r, size), randomListing(r, size)
+		x, y, z := randomListing(r, size), randomListing(r, size), randomListing(r, size)
 		if seed%3 == 0 {
 			y = slices.Clone(x)
 			if len(y) > 0 {
 				y = slices.Delete(y, 0, 1)
 			}
+			z = slices.Clone(x)
 		}
 		wantDiffer := make([]bool, size)
 		for at := range int64(size) {
-			p, q := contentAt(x, at), contentAt(y, at)
-			if p != q || p == "?" {
+			p := contentAt(x, at)
+			if p != contentAt(y, at) || p != contentAt(z, at) || p == "?" {
 				for b := at / block * block; b < min(size, at/block*block+block); b++ {
 					wantDiffer[b] = true
 				}
@@ -121,7 +122,7 @@ func TestDiffering(t *testing.T) {
 		}
 		got := make([]bool, size)
 		last := int64(-1)
-		for _, s := range differing(x, y, size, block) {
+		for _, s := range differing(size, block, x, y, z) {
 			if s.from <= last || s.to <= s.from || s.to > size {
 				t.Fatalf("seed %d: span %v after %d", seed, s, last)
 			}
@@ -131,7 +132,7 @@ func TestDiffering(t *testing.T) {
 			}
 		}
 		if !slices.Equal(got, wantDiffer) {
-			t.Fatalf("seed %d:\n%v\n%v\ngot  %v\nwant %v", seed, x, y, got, wantDiffer)
+			t.Fatalf("seed %d:\n%v\n%v\n%v\ngot  %v\nwant %v", seed, x, y, z, got, wantDiffer)
 		}
 	}
 }

@@ -25,7 +25,7 @@ func (a *Adapter) Volume(ctx context.Context, id adapters.VolumeID) (adapters.Vo
 	}
 	f, m, err := at.openVolume()
 	if err != nil {
-		return adapters.Volume{}, err
+		return adapters.Volume{}, failed(err, "volume %s", at.id)
 	}
 	defer f.Close()
 	st, err := stat(f)
