@@ -66,6 +66,9 @@ func (w *Writer) run(journals, data []*os.File, size, rate int64) error {
 	var number [8]byte
 	block := make([]byte, dataBlock)
 	random := rand.New(rand.NewPCG(1, 2))
+	for i := range block {
+		block[i] = byte(random.Uint32())
+	}
 	start, written := time.Now(), int64(0)
 	for n := uint64(1); ; n++ {
 		select {
