@@ -11,6 +11,7 @@ import (
 	"math/bits"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/kopia/kopia/repo"
@@ -168,13 +169,13 @@ func Open(ctx context.Context, at Location, passphrase adapters.Secret, o OpenOp
 func (r *Repository) loadSettings(ctx context.Context) error {
 	found, err := r.kopia.FindManifests(ctx, map[string]string{"type": settingsType})
 	if err != nil {
-		return r.at.fault("reading", err)
+		return r.corrupt(err)
 	}
 	if len(found) == 0 {
 		return fault.Errorf(fault.Invalid, "repository %s: a kopia repository that `stillpoint remote init` did not make; give Stillpoint one of its own", r.at)
 	}
 	if _, err := r.kopia.GetManifest(ctx, found[0].ID, &r.settings); err != nil {
-		return r.at.fault("reading", err)
+		return r.corrupt(err)
 	}
 	if r.settings.Version != layoutVersion {
 		return fault.Errorf(fault.Unsupported, "repository %s: its layout is version %d, this program knows %d; use a newer one", r.at, r.settings.Version, layoutVersion)
@@ -281,7 +282,8 @@ func (l Location) fault(doing string, err error) error {
 		kind, remedy = fault.Exhausted, "; make room, or forget backups and run maintenance"
 	case errors.Is(err, unix.EROFS), errors.Is(err, fs.ErrPermission):
 		kind, remedy = fault.Invalid, "; it cannot be written from here"
-	case errors.Is(err, blob.ErrBlobNotFound), errors.Is(err, content.ErrContentNotFound), errors.Is(err, blob.ErrInvalidRange):
+	case errors.Is(err, blob.ErrBlobNotFound), errors.Is(err, content.ErrContentNotFound), errors.Is(err, blob.ErrInvalidRange),
+		strings.Contains(err.Error(), "message authentication failed"): // crypto/cipher exports no error for it
 		kind = fault.Corrupt
 	case errors.Is(err, unix.ENOTCONN), errors.Is(err, unix.ESTALE), errors.Is(err, unix.ETIMEDOUT), errors.Is(err, unix.EIO):
 		kind = fault.Unavailable

@@ -1,0 +1,182 @@
+package backup
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"math/rand/v2"
+	"sync/atomic"
+	"testing"
+
+	"stillpoint.io/stillpoint/adapters"
+	"stillpoint.io/stillpoint/adapters/mem"
+	"stillpoint.io/stillpoint/fault"
+)
+
+func target(id string) adapters.VolumeID { return adapters.VolumeID{Backend: "mem", ID: id} }
+
+// Over an existing volume that is larger and full of something else, from a backup and from a snapshot: everything
+// that the source does not have reads as zeros, to the volume's end.
+func TestRestoreOverwrites(t *testing.T) {
+	w := newWorld(t, 64<<10, 9<<20+4097)
+	rng := rand.New(rand.NewPCG(5, 6))
+	w.write(random(rng, 3<<20), 100)
+	w.write(make([]byte, 1<<20), 6<<20) // written zeros
+	w.write([]byte{1}, 9<<20+4096)
+	s, want := w.cut()
+	r := w.backup(s)
+	for name, source := range map[string]Source{"backup": FromBackup(w.repo, backupID(t, r.Backup)), "snapshot": FromSnapshot(w.adapter, s)} {
+		v, err := w.store.Create("old-"+name, 70<<20+512)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := v.WriteAt(bytes.Repeat([]byte{0xA5}, 70<<20+512), 0); err != nil {
+			t.Fatal(err)
+		}
+		q := RestoreRequest{Source: source, Target: w.adapter, Volume: target("old-" + name), Overwrite: true}
+		got, err := Restore(t.Context(), q)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got.Size != 70<<20+512 || got.BytesZeroed == 0 || got.BytesWritten < 3<<20 || got.Volume != "mem:local/old-"+name {
+			t.Errorf("%s: %+v", name, got)
+		}
+		mustEqual(t, name, w.volumeContent(adapters.VolumeID{Backend: "mem", ID: "local/old-" + name}), append(bytes.Clone(want), make([]byte, 70<<20+512-len(want))...))
+	}
+}
+
+func TestRestoreSizes(t *testing.T) {
+	w := newWorld(t, 64<<10, 5<<20)
+	w.write([]byte("here"), 1<<20)
+	s, want := w.cut()
+	source := FromBackup(w.repo, backupID(t, w.backup(s).Backup))
+	if _, err := w.store.Create("small", 5<<20-1); err != nil {
+		t.Fatal(err)
+	}
+	for name, q := range map[string]RestoreRequest{
+		"smaller, new":         {Volume: target("new"), Size: 5<<20 - 1},
+		"smaller, overwritten": {Volume: target("small"), Overwrite: true},
+	} {
+		q.Source, q.Target = source, w.adapter
+		if _, err := Restore(t.Context(), q); fault.KindOf(err) != fault.Invalid {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	got, err := Restore(t.Context(), RestoreRequest{Source: source, Target: w.adapter, Volume: target("new"), Size: 6 << 20})
+	if err != nil || got.Size != 6<<20 {
+		t.Fatalf("%+v, %v", got, err)
+	}
+	mustEqual(t, "larger", w.volumeContent(adapters.VolumeID{Backend: "mem", ID: "local/new"}), append(bytes.Clone(want), make([]byte, 1<<20)...))
+
+	for name, q := range map[string]RestoreRequest{
+		"no such backup":   {Source: FromBackup(w.repo, "none"), Volume: target("x")},
+		"no such snapshot": {Source: FromSnapshot(w.adapter, adapters.SnapshotID{Volume: s.Volume, Name: "none"}), Volume: target("x")},
+		"no such volume":   {Source: source, Volume: target("none"), Overwrite: true},
+	} {
+		q.Target = w.adapter
+		if _, err := Restore(t.Context(), q); fault.KindOf(err) != fault.NotFound {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// canceller cancels a context after some reads.
+type canceller struct {
+	*mem.Adapter
+	left   *atomic.Int64
+	cancel context.CancelFunc
+}
+
+type cancelledImage struct {
+	adapters.Image
+	c canceller
+}
+
+func (c canceller) Open(ctx context.Context, id adapters.SnapshotID) (adapters.Image, error) {
+	i, err := c.Adapter.Open(ctx, id)
+	return cancelledImage{i, c}, err
+}
+
+func (i cancelledImage) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
+	if i.c.left.Add(-1) == 0 {
+		i.c.cancel()
+	}
+	return i.Image.ReadAt(ctx, p, off)
+}
+
+// Cancelled anywhere, a backup and a restore end with the context's error, hold nothing open, and the next is right.
+func TestCancel(t *testing.T) {
+	w := newWorld(t, 64<<10, 8<<20)
+	rng := rand.New(rand.NewPCG(7, 8))
+	w.write(random(rng, 8<<20), 0)
+	s, want := w.cut()
+	for n := range int64(9) {
+		ctx, cancel := context.WithCancel(t.Context())
+		left := new(atomic.Int64)
+		left.Store(n)
+		if n == 0 {
+			cancel()
+		}
+		q := w.request(s)
+		q.Adapter = canceller{w.adapter.(*mem.Adapter), left, cancel}
+		if r, err := Run(ctx, q); n < 8 && !errors.Is(err, context.Canceled) {
+			t.Errorf("backup cancelled at read %d: %+v, %v", n, r, err)
+		}
+		if n == 0 {
+			left.Store(1)
+		} else {
+			left.Store(n)
+		}
+		ctx, cancel2 := context.WithCancel(t.Context())
+		q2 := RestoreRequest{Source: FromSnapshot(canceller{w.adapter.(*mem.Adapter), left, cancel2}, s), Target: w.adapter, Volume: target("v")}
+		if r, err := Restore(ctx, q2); n < 8 && !errors.Is(err, context.Canceled) {
+			t.Errorf("restore cancelled at read %d: %+v, %v", n, r, err)
+		}
+		if n < 8 {
+			if _, err := w.adapter.Volume(t.Context(), target("v")); fault.KindOf(err) != fault.NotFound {
+				t.Errorf("cancelled, and the volume is there: %v", err)
+			}
+		}
+		cancel()
+		cancel2()
+	}
+	q := w.request(s)
+	q.ID = "after"
+	r, err := Run(t.Context(), q)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mustEqual(t, "after", w.content(r.Backup), want)
+}
+
+// Two backups of one volume at once: of one id one remains and both are told of it, of two ids both do.
+func TestAtOnce(t *testing.T) {
+	w := newWorld(t, 64<<10, 8<<20)
+	w.write(random(rand.New(rand.NewPCG(9, 10)), 8<<20), 0)
+	s, want := w.cut()
+	type result struct {
+		r   Report
+		err error
+	}
+	for _, ids := range [][]string{{"", ""}, {"x", "y"}} {
+		results := make(chan result)
+		for _, id := range ids {
+			go func() {
+				q := w.request(s)
+				q.ID = id
+				r, err := Run(t.Context(), q)
+				results <- result{r, err}
+			}()
+		}
+		a, b := <-results, <-results
+		if a.err != nil || b.err != nil || (a.r.Backup == b.r.Backup) != (ids[0] == ids[1]) {
+			t.Fatalf("%v: %+v and %+v", ids, a, b)
+		}
+		mustEqual(t, "one", w.content(a.r.Backup), want)
+		mustEqual(t, "other", w.content(b.r.Backup), want)
+	}
+	all, err := w.repo.Backups(t.Context(), repositoryFilter)
+	if err != nil || len(all) != 3 {
+		t.Errorf("%d backups: %v", len(all), err)
+	}
+}
