@@ -29,8 +29,8 @@ type surroundings struct {
 	storedOn  func(Filesystem, mount) []Device
 }
 
-// accept judges a request, without touching any of its paths.
-func accept(r Request, s surroundings) error {
+// limits judges a request by its figures.
+func limits(r Request) error {
 	switch {
 	case len(r.Filesystems) == 0:
 		return errorf(Invalid, "", "nothing to freeze")
@@ -41,6 +41,11 @@ func accept(r Request, s surroundings) error {
 	case r.Heartbeat < MinHeartbeat || r.Heartbeat > MaxFreeze:
 		return errorf(Invalid, "", "a heartbeat of %v: must be from %v to %v", r.Heartbeat, MinHeartbeat, MaxFreeze)
 	}
+	return nil
+}
+
+// accept judges what a request names, without touching any of its paths.
+func accept(r Request, s surroundings) error {
 	for i, f := range r.Filesystems {
 		m, err := acceptOne(f, s)
 		if err != nil {

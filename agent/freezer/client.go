@@ -27,6 +27,7 @@ type Client struct {
 
 	mu      sync.Mutex
 	last    uint64
+	spoke   time.Time // when the last message came
 	pending map[uint64]chan message
 	lease   *Lease
 	down    error         // why the connection ended
@@ -38,7 +39,8 @@ type Lease struct {
 	c    *Client
 	lost chan struct{}
 	done chan struct{} // stops the heartbeats
-	once sync.Once     // of done
+	over sync.Once     // of lost
+	calm sync.Once     // of done
 	err  error         // set before lost is closed
 }
 
@@ -116,7 +118,7 @@ func (c *Client) Freeze(ctx context.Context, r Request) (*Lease, error) {
 	if heartbeat == 0 {
 		heartbeat = DefaultHeartbeat
 	}
-	go l.beat(heartbeat / 4)
+	go l.beat(heartbeat)
 	_, err := c.call(ctx, message{Verb: verbFreeze, Filesystems: r.Filesystems, MaxFreeze: r.MaxFreeze, Heartbeat: heartbeat}, r.MaxFreeze+answer)
 	if err != nil {
 		l.end(err)
@@ -136,6 +138,7 @@ func (l *Lease) Thaw(ctx context.Context) (Report, error) {
 	if !current {
 		return nil, errorf(Invalid, "", "this lease is over")
 	}
+	l.quiet() // the server's reader has no time for them while it thaws
 	m, err := l.c.call(ctx, message{Verb: verbThaw}, answer)
 	l.end(errorf(Lost, "", "the lease was ended by its Thaw"))
 	l.c.release(l)
@@ -234,6 +237,7 @@ func (c *Client) read() {
 			return
 		}
 		c.mu.Lock()
+		c.spoke = time.Now()
 		if m.Verb == verbLost {
 			if c.lease != nil {
 				c.lease.end(errorf(Lost, "", "%s", m.Why))
@@ -312,6 +316,13 @@ func (c *Client) call(ctx context.Context, m message, within time.Duration) (mes
 	}
 }
 
+// heard is when the freezer last said anything.
+func (c *Client) heard() time.Time {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.spoke
+}
+
 func (c *Client) drop(err error) {
 	c.fail(err)
 	c.conn.close()
@@ -326,21 +337,32 @@ func (c *Client) release(l *Lease) {
 }
 
 func (l *Lease) end(err error) {
-	l.once.Do(func() {
+	l.over.Do(func() {
 		l.err = err
 		close(l.lost)
-		close(l.done)
 	})
+	l.quiet()
 }
 
-// beat sends signs of life. One that cannot be sent says nothing new: the reader sees the broken connection.
-func (l *Lease) beat(every time.Duration) {
-	tick := time.NewTicker(max(every, MinHeartbeat/4))
+// quiet ends the heartbeats.
+func (l *Lease) quiet() { l.calm.Do(func() { close(l.done) }) }
+
+// beat sends signs of life and looks for those of the freezer. A freezer that answers none for a whole heartbeat has
+// stopped or is dying, and whoever is left of it thaws: the lease is given up. (A killed process does not close its
+// connections as long as a thread of it hangs in FIFREEZE.)
+func (l *Lease) beat(heartbeat time.Duration) {
+	every := max(heartbeat, MinHeartbeat) / 4
+	start := time.Now()
+	tick := time.NewTicker(every)
 	defer tick.Stop()
 	for {
 		select {
 		case <-tick.C:
 			l.c.conn.send(message{Verb: verbBeat}, every)
+			if silent := time.Since(l.c.heard()); silent > heartbeat && time.Since(start) > heartbeat {
+				l.c.drop(errorf(Lost, "", "the freezer has not answered for %v", silent.Round(time.Millisecond)))
+				return
+			}
 		case <-l.done:
 			return
 		}

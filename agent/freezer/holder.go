@@ -74,7 +74,11 @@ func newHolder(o Options, own map[Device]string) (*holder, error) {
 
 // freeze freezes everything or nothing. When it fails the lease is over and, but for an ioctl that hangs, retired.
 func (h *holder) freeze(g *grant, gone <-chan struct{}) error {
-	if err := h.enlist(g); err != nil {
+	err := limits(g.request)
+	if err == nil {
+		err = h.enlist(g)
+	}
+	if err != nil {
 		g.end(h.ledger, err.Error(), false)
 		close(g.retired)
 		return err
@@ -85,7 +89,7 @@ func (h *holder) freeze(g *grant, gone <-chan struct{}) error {
 		close(g.prepared)
 		ready <- err
 	})
-	err := h.await(g, ready, gone)
+	err = h.await(g, ready, gone)
 	if err == nil {
 		err = h.freezeAll(g, gone)
 	}
@@ -94,9 +98,11 @@ func (h *holder) freeze(g *grant, gone <-chan struct{}) error {
 	}
 	h.group.Go(func() { h.retire(g) }) // whatever happens, the watch settles the entries, and this waits for it
 	if err != nil {
+		late := time.After(time.Second)
 		select {
 		case <-g.retired:
-		case <-time.After(time.Second): // of a hanging FIFREEZE nobody waits for the end
+		case <-g.hanging: // nobody waits for the end of its FIFREEZE
+		case <-late:
 		}
 	}
 	return err
@@ -411,17 +417,35 @@ func (h *holder) check(g *grant, guard *guardLink) {
 	}
 }
 
-// settle notes that nothing of an ended lease is left.
+// settle notes that nothing of an ended lease is left, or nothing but a FIFREEZE that hangs.
 func (h *holder) settle(g *grant) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if !g.isOver() || slices.ContainsFunc(g.entries, func(i int) bool { return !h.ledger.entry(i).state().settled() }) {
+	if !g.isOver() {
 		return
 	}
+	landing := false
+	for _, i := range g.entries {
+		switch s := h.ledger.entry(i).state(); {
+		case s == doomed:
+			landing = true
+		case !s.settled():
+			return
+		}
+	}
+	if landing {
+		shut(g.hanging)
+	} else {
+		shut(g.settled)
+	}
+}
+
+// shut closes a channel that may be closed already. Only for one goroutine.
+func shut(c chan struct{}) {
 	select {
-	case <-g.settled:
+	case <-c:
 	default:
-		close(g.settled)
+		close(c)
 	}
 }
 

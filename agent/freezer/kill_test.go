@@ -39,7 +39,7 @@ func TestClientStoppedPastTheHeartbeat(t *testing.T) {
 	w := writer(t, fs)
 	blocked(t, w)
 	stopped := time.Now()
-	l.once.Do(func() { close(l.done) }) // no more beats
+	l.quiet() // no more beats
 	r.thawedAfter(stopped, "the last heartbeat", w)
 	r.void(l)
 }
@@ -60,8 +60,8 @@ func TestHolderKilled(t *testing.T) {
 	wantReason(t, r.lost(l), Lost)
 }
 
-// The first process is stopped: nobody renews the lease, and the guard thaws when it runs out. Continued, the first
-// process finds that out, and says so.
+// The first process is stopped: nobody renews the lease, and the guard thaws when it runs out. The client sees that
+// it has no answers. Continued, the first process finds out what happened, and serves on.
 func TestHolderStopped(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
@@ -73,9 +73,22 @@ func TestHolderStopped(t *testing.T) {
 	stopped := time.Now()
 	r.signal(r.holder(), unix.SIGSTOP)
 	r.thawedAfter(stopped.Add(q.Heartbeat), "the end of the heartbeat (at the latest)", w)
-	r.signal(r.holder(), unix.SIGCONT)
 	wantReason(t, r.lost(l), Lost)
-	r.void(l)
+	if _, err := l.Thaw(t.Context()); err == nil {
+		t.Error("a thaw that nobody answered is no error")
+	}
+	r.signal(r.holder(), unix.SIGCONT)
+	c := r.connect()
+	var thawed *Lease
+	r.wait("the freezer to serve again", func() bool {
+		r.rested()
+		l, err := c.Freeze(t.Context(), r.request(5*time.Second, fs))
+		thawed = l
+		return err == nil
+	})
+	if rep, err := thawed.Thaw(t.Context()); err != nil || !rep.Held() {
+		t.Fatal(rep, err)
+	}
 }
 
 // The guard is killed: the first process thaws at once, voids the lease, and gets a new guard for the next one.
@@ -90,7 +103,8 @@ func TestGuardKilled(t *testing.T) {
 	r.signal(r.guard(), unix.SIGKILL)
 	r.thawedAfter(killed, "the guard's end", w)
 	wantReason(t, r.lost(l), Lost)
-	time.Sleep(RestFactor * r.void(l)[0].Duration)
+	r.void(l)
+	r.rested()
 	l = r.freeze(c, r.request(5*time.Second, fs))
 	if rep, err := l.Thaw(t.Context()); err != nil || !rep.Held() {
 		t.Fatal(rep, err)
@@ -110,7 +124,8 @@ func TestGuardStopped(t *testing.T) {
 	r.signal(old, unix.SIGSTOP)
 	r.thawedAfter(stopped, "the guard was stopped", w)
 	wantReason(t, r.lost(l), Lost)
-	time.Sleep(RestFactor * r.void(l)[0].Duration)
+	r.void(l)
+	r.rested()
 	l = r.freeze(c, r.request(5*time.Second, fs))
 	if r.guard() == old {
 		t.Error("still the stopped guard")
@@ -118,7 +133,7 @@ func TestGuardStopped(t *testing.T) {
 	if rep, err := l.Thaw(t.Context()); err != nil || !rep.Held() {
 		t.Fatal(rep, err)
 	}
-	time.Sleep(RestFactor * 100 * time.Millisecond)
+	r.rested()
 	r.signal(r.guard(), unix.SIGSTOP) // while nothing is frozen
 	l = r.freeze(c, r.request(5*time.Second, fs))
 	if rep, err := l.Thaw(t.Context()); err != nil || !rep.Held() {
@@ -182,6 +197,7 @@ func TestBothKilledInsideFIFREEZE(t *testing.T) {
 	below, above := r.stranger(pool), r.stranger(upper)
 	below.freeze()
 	q := r.request(50*time.Second, upper)
+	q.Heartbeat = time.Second
 	out := behind(t.Context(), r.connect(), q)
 	r.inside(q.Filesystems[0])
 	guard := r.guard()
@@ -219,6 +235,7 @@ func TestHolderKilledInsideFIFREEZE(t *testing.T) {
 	below, above := r.stranger(pool), r.stranger(upper)
 	below.freeze()
 	q := r.request(50*time.Second, first, upper)
+	q.Heartbeat = time.Second
 	out := behind(t.Context(), r.connect(), q)
 	r.inside(q.Filesystems[1])
 	w := writer(t, first)
@@ -326,9 +343,7 @@ func TestUnmountedWhileFrozenByTheDead(t *testing.T) {
 			fs := r.volume("v", fstype)
 			r.freeze(r.connect(), r.request(50*time.Second, fs))
 			r.killBoth()
-			if err := unix.Unmount(fs.Mount, 0); err != nil {
-				t.Fatal(err)
-			}
+			r.wait("the last descriptor of the killed", func() bool { return unix.Unmount(fs.Mount, 0) == nil })
 			if deviceFree(fs.Device) {
 				t.Fatal("the device is free: the test proves nothing")
 			}

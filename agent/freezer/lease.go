@@ -26,6 +26,7 @@ type grant struct {
 
 	prepared chan struct{} // closed when nothing more is opened or armed for it
 	over     chan struct{} // closed when it ended, for whatever reason
+	hanging  chan struct{} // closed when, after that, only a FIFREEZE is left that has not come back
 	settled  chan struct{} // closed when, after that, nothing of it is frozen or will be
 	retired  chan struct{} // closed when its descriptors are closed in both processes
 }
@@ -33,7 +34,7 @@ type grant struct {
 func newGrant(r Request, received int64) *grant {
 	g := &grant{
 		request: r, started: received, deadline: received + int64(r.MaxFreeze),
-		prepared: make(chan struct{}), over: make(chan struct{}), settled: make(chan struct{}), retired: make(chan struct{}),
+		prepared: make(chan struct{}), over: make(chan struct{}), hanging: make(chan struct{}), settled: make(chan struct{}), retired: make(chan struct{}),
 	}
 	g.until = min(g.deadline, received+int64(r.Heartbeat))
 	return g

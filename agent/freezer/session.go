@@ -28,6 +28,7 @@ func (s *session) read() {
 			if g := s.grant.Load(); g != nil {
 				g.beat(s.h.ledger)
 			}
+			s.answer(message{Verb: verbBeat})
 		case verbFreeze:
 			if s.grant.Load() != nil {
 				s.answer(message{ID: m.ID, Error: errorf(Invalid, "", "this connection has a lease already: thaw it first")})

@@ -11,8 +11,8 @@ import (
 )
 
 // The protocol: JSON objects, one a message, over a unix socket of type SOCK_SEQPACKET, which keeps messages apart.
-// The server speaks first, with a hello. Requests carry an id that the reply repeats; a beat has no reply; "lost" is
-// sent by the server unasked, at most once a lease, and never before the reply to its freeze. All times are durations
+// The server speaks first, with a hello. Requests carry an id that the reply repeats; a beat is answered by a beat,
+// so that each side sees the other live; "lost" is sent by the server unasked, at most once a lease, and never before the reply to its freeze. All times are durations
 // in nanoseconds, counted from the receipt of the message.
 const (
 	protocol   = 1
