@@ -32,11 +32,15 @@ snapshots that you made stay until you delete them. The backup's handle is print
 manifest and a sample of its data have been read back.`,
 		Args: arguments(0, -1, "snapshots or volumes"),
 		RunE: func(c *cobra.Command, args []string) error {
-			r, err := a.repository(c.Context(), remote)
+			cuts, err := wantsCut(args, flags.all)
 			if err != nil {
 				return err
 			}
-			err = a.backup(c.Context(), r, args, flags, full)
+			r, err := a.repository(c.Context(), remote) // before anything is frozen for it
+			if err != nil {
+				return err
+			}
+			err = a.backup(c.Context(), r, args, cuts, flags, full)
 			return errors.Join(err, closeRepository(c.Context(), r))
 		},
 	}
@@ -55,10 +59,31 @@ func closeRepository(ctx context.Context, r *repository.Repository) error {
 	return r.Close(context.WithoutCancel(ctx))
 }
 
-func (a *app) backup(ctx context.Context, r *repository.Repository, args []string, flags cutFlags, full bool) error {
-	snapshots, cuts, err := a.snapshotsOrCut(ctx, args, flags)
-	if err != nil {
-		return err
+// wantsCut tells whether volumes were named, over which a cut is to be made, or snapshots.
+func wantsCut(args []string, all bool) (bool, error) {
+	snapshots := 0
+	for _, s := range args {
+		h, err := adapters.ParseHandle(s)
+		if err != nil {
+			return false, err
+		}
+		if h.IsSnapshot() {
+			snapshots++
+		}
+	}
+	if snapshots > 0 && (all || snapshots < len(args)) {
+		return false, fault.Errorf(fault.Invalid, "name snapshots or volumes, not both: a cut is made over the volumes")
+	}
+	return snapshots == 0, nil
+}
+
+func (a *app) backup(ctx context.Context, r *repository.Repository, args []string, cuts bool, flags cutFlags, full bool) error {
+	snapshots := args
+	if cuts {
+		var err error
+		if snapshots, err = a.cutForBackup(ctx, args, flags); err != nil {
+			return err
+		}
 	}
 	var errs []error
 	for i, h := range snapshots {
@@ -76,36 +101,17 @@ func (a *app) backup(ctx context.Context, r *repository.Repository, args []strin
 	return errors.Join(errs...)
 }
 
-// snapshotsOrCut gives the handles to back up: the ones named, or those of a cut over the volumes named.
-func (a *app) snapshotsOrCut(ctx context.Context, args []string, flags cutFlags) (handles []string, cuts bool, err error) {
-	named := 0
-	for _, s := range args {
-		h, err := adapters.ParseHandle(s)
-		if err != nil {
-			return nil, false, err
-		}
-		if h.IsSnapshot() {
-			named++
-		}
-	}
-	switch {
-	case named > 0 && named < len(args):
-		return nil, false, fault.Errorf(fault.Invalid, "name snapshots or volumes, not both: a cut is made over the volumes")
-	case named > 0 && !flags.all:
-		return args, false, nil
-	}
+// cutForBackup makes the cut of a backup command that was given volumes.
+func (a *app) cutForBackup(ctx context.Context, args []string, flags cutFlags) ([]string, error) {
 	volumes, err := a.volumes(ctx, args, flags.all)
 	if err != nil {
-		return nil, false, err
+		return nil, err
 	}
 	res, err := a.cut(ctx, flags.request(ownCut+time.Now().UTC().Format("20060102t150405"), volumes))
-	if err != nil {
-		return nil, false, err
-	}
-	if !a.json {
+	if err == nil && !a.json {
 		a.printCut(res)
 	}
-	return res.Snapshots, true, nil
+	return res.Snapshots, err
 }
 
 func (a *app) backupOne(ctx context.Context, r *repository.Repository, handle string, full bool) (backup.Report, error) {

@@ -23,6 +23,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -101,6 +102,8 @@ backup:REMOTE/ID. Without --config there is the backend "reflink" (files on XFS 
 is the folder in $STILLPOINT_REMOTE with its passphrase in the file $STILLPOINT_PASSPHRASE_FILE.`,
 		SilenceErrors: true,
 		SilenceUsage:  true,
+		Args:          cobra.ArbitraryArgs,
+		RunE:          subcommand,
 		PersistentPreRunE: func(*cobra.Command, []string) (err error) {
 			a.config, err = loadConfig(a.configPath)
 			return err
@@ -116,6 +119,18 @@ is the folder in $STILLPOINT_REMOTE with its passphrase in the file $STILLPOINT_
 		a.remoteCommand(), a.adaptersCommand(), freezerCommand(), a.versionCommand(),
 	)
 	return root
+}
+
+// subcommand is what a command does that has none of its own: help, or the name that was meant.
+func subcommand(c *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return c.Help()
+	}
+	hint := "see `" + c.CommandPath() + " --help`"
+	if near := c.SuggestionsFor(args[0]); len(near) > 0 {
+		hint = "did you mean " + strings.Join(near, " or ") + "?"
+	}
+	return fault.Errorf(fault.Invalid, "unknown command %q for %q; %s", args[0], c.CommandPath(), hint)
 }
 
 // jsonFlag adds --json to a command.

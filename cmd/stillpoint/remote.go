@@ -10,8 +10,8 @@ func (a *app) remoteCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "remote",
 		Short: "Create or look at a remote's repository",
-		Args:  arguments(0, 0, "`init` or `status`"),
-		RunE:  func(c *cobra.Command, _ []string) error { return c.Help() },
+		Args:  cobra.ArbitraryArgs,
+		RunE:  subcommand,
 	}
 	c.AddCommand(a.remoteInitCommand(), a.remoteStatusCommand())
 	return c
