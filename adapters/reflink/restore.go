@@ -294,9 +294,13 @@ func (t *target) Close() error {
 	return nil
 }
 
-// release closes the descriptors; closing the last one of the file unlocks it.
+// release unlocks the file and closes the descriptors. A close alone would leave the lock to a child process that is
+// just being started and still has copies of them.
 func (t *target) release() {
 	t.closed = true
+	if t.file != nil {
+		unix.Flock(int(t.file.Fd()), unix.LOCK_UN)
+	}
 	for _, f := range []*os.File{t.direct, t.file, t.folder} {
 		f.Close() // nil or already closed is fine
 	}
