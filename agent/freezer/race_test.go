@@ -1,0 +1,5 @@
+//go:build race
+
+package freezer
+
+func init() { raceFlags = []string{"-race"} }
