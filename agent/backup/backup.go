@@ -155,15 +155,15 @@ func run(ctx context.Context, q Request, p Plan, started time.Time, report *Repo
 			return made, baseFault(ctx, err)
 		}
 	}
-	extents, err := changes(ctx, q.Adapter, p, q.Repository.ChunkSize())
-	if err != nil {
-		return made, err
-	}
 	w, err := q.Repository.NewWriter(ctx)
 	if err != nil {
 		return made, err
 	}
 	defer func() { err = errors.Join(err, w.Close(context.WithoutCancel(ctx))) }()
+	extents, err := changes(ctx, q.Adapter, p, q.Repository.ChunkSize()) // last: a stream holds its source until it is read
+	if err != nil {
+		return made, err
+	}
 
 	l := newLine(q, source, base, w)
 	image, err := l.run(ctx, extents)

@@ -12,6 +12,9 @@ var children = map[string]func() error{
 	"sparse": sparseChild,
 }
 
+// testDir is for what tests share.
+var testDir string
+
 const childVariable = "STILLPOINT_BACKUP_TEST_CHILD"
 
 func TestMain(m *testing.M) {
@@ -22,5 +25,15 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
-	os.Exit(m.Run())
+	os.Exit(runTests(m))
+}
+
+func runTests(m *testing.M) int {
+	var err error
+	if testDir, err = os.MkdirTemp("", "stillpoint-backup-"); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer os.RemoveAll(testDir)
+	return m.Run()
 }

@@ -7,6 +7,9 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"sync"
 	"testing"
 
 	"stillpoint.io/stillpoint/adapters"
@@ -45,7 +48,7 @@ func newWorld(t testing.TB, chunk, size int64) *world {
 	if size <= 1<<30 {
 		w.model = make([]byte, size)
 	}
-	if err := repository.Init(t.Context(), w.at, passphrase, repository.Options{ChunkSize: chunk}); err != nil {
+	if err := os.CopyFS(w.at.Path, os.DirFS(emptyRepository(t, chunk))); err != nil {
 		t.Fatal(err)
 	}
 	w.repo = openRepository(t, w.at)
@@ -55,6 +58,27 @@ func newWorld(t testing.TB, chunk, size int64) *world {
 		}
 	})
 	return w
+}
+
+var (
+	emptyMu    sync.Mutex
+	emptyPaths = map[int64]string{} // by chunk size
+)
+
+// emptyRepository is a repository to be copied: deriving the key for a new one takes a good part of a second.
+func emptyRepository(t testing.TB, chunk int64) string {
+	t.Helper()
+	emptyMu.Lock()
+	defer emptyMu.Unlock()
+	if path, ok := emptyPaths[chunk]; ok {
+		return path
+	}
+	path := filepath.Join(testDir, fmt.Sprint("empty-", chunk))
+	if err := repository.Init(t.Context(), repository.Location{Path: path}, passphrase, repository.Options{ChunkSize: chunk, Host: "test"}); err != nil {
+		t.Fatal(err)
+	}
+	emptyPaths[chunk] = path
+	return path
 }
 
 func openRepository(t testing.TB, at repository.Location) *repository.Repository {

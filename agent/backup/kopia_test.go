@@ -1,0 +1,145 @@
+package backup
+
+import (
+	"encoding/json"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"stillpoint.io/stillpoint/agent/repository"
+)
+
+// kopia is kopia's own command line, of the very version that this module uses, connected to a repository.
+type kopia struct {
+	t      *testing.T
+	binary string
+	env    []string
+}
+
+func newKopia(t *testing.T, at repository.Location) *kopia {
+	t.Helper()
+	dir := t.TempDir()
+	k := &kopia{t: t, binary: filepath.Join(dir, "kopia"), env: append(os.Environ(),
+		"KOPIA_CONFIG_PATH="+filepath.Join(dir, "config"), "KOPIA_PASSWORD="+passphrase.Reveal(), "KOPIA_CHECK_FOR_UPDATES=false",
+		"KOPIA_CACHE_DIRECTORY="+filepath.Join(dir, "cache"), "KOPIA_LOG_DIR="+filepath.Join(dir, "log"))}
+	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", k.binary, "github.com/kopia/kopia").CombinedOutput(); err != nil {
+		t.Fatalf("building kopia: %v\n%s", err, out)
+	}
+	k.run("repository", "connect", "filesystem", "--path", at.Path, "--override-username=stillpoint", "--override-hostname=test")
+	return k
+}
+
+func (k *kopia) run(args ...string) string {
+	k.t.Helper()
+	c := exec.CommandContext(k.t.Context(), k.binary, args...)
+	c.Env = k.env
+	var errors strings.Builder
+	c.Stderr = &errors
+	out, err := c.Output()
+	if err != nil {
+		k.t.Fatalf("kopia %s: %v\n%s%s", strings.Join(args, " "), err, out, errors.String())
+	}
+	return string(out)
+}
+
+// restore returns what kopia makes of a backup.
+func (k *kopia) restore(manifest string) (image []byte, description string) {
+	k.t.Helper()
+	dir := k.t.TempDir()
+	k.run("restore", manifest, dir)
+	image, err := os.ReadFile(filepath.Join(dir, "disk.img"))
+	if err != nil {
+		k.t.Fatal(err)
+	}
+	text, err := os.ReadFile(filepath.Join(dir, "volume.json"))
+	if err != nil {
+		k.t.Fatal(err)
+	}
+	return image, string(text)
+}
+
+// Kopia's own command lists, verifies and restores what Stillpoint wrote; and after a base is forgotten and kopia has
+// thrown away all that nobody needs, every backup that is left is as it was, for kopia and for us.
+func TestKopiaReadsIt(t *testing.T) {
+	w := newWorld(t, 64<<10, 150<<20+12345)
+	rng := rand.New(rand.NewPCG(11, 12))
+	w.write(random(rng, 9<<20), 60<<20)
+	w.write(random(rng, 1<<20), 149<<20)
+	var handles []string
+	var wants [][]byte
+	for i := range 3 {
+		w.write(random(rng, 300<<10), int64(i)*(30<<20)+999)
+		w.zero(61<<20, int64(i)<<19)
+		s, want := w.cut()
+		r := w.backup(s)
+		if i > 0 && r.Kind != repository.Incremental {
+			t.Fatalf("%+v", r)
+		}
+		handles, wants = append(handles, r.Backup), append(wants, want)
+	}
+
+	k := newKopia(t, w.at)
+	list := func() map[string]string { // manifests by backup id
+		var all []struct {
+			ID     string            `json:"id"`
+			Source map[string]string `json:"source"`
+			Tags   map[string]string `json:"tags"`
+		}
+		if err := json.Unmarshal([]byte(k.run("snapshot", "list", "--all", "--json")), &all); err != nil {
+			t.Fatal(err)
+		}
+		found := map[string]string{}
+		for _, m := range all {
+			if m.Source["userName"] != "stillpoint" || m.Source["host"] != "test" || m.Source["path"] != "/mem/local/vol" {
+				t.Errorf("source %v", m.Source)
+			}
+			found[m.Tags["tag:backup"]] = m.ID
+		}
+		return found
+	}
+	check := func(when string) {
+		t.Helper()
+		found := list()
+		if len(found) != len(handles) {
+			t.Fatalf("%s: kopia lists %v", when, found)
+		}
+		k.run("snapshot", "verify", "--verify-files-percent=100")
+		for i, h := range handles {
+			id := backupID(t, h)
+			got, text := k.restore(found[id])
+			mustEqual(t, fmt.Sprintf("%s: kopia's disk.img of %s", when, h), got, wants[i])
+			if !strings.Contains(text, `"id": "`+id+`"`) {
+				t.Errorf("%s: volume.json is %s", when, text)
+			}
+			mustEqual(t, when+": "+h, w.content(h), wants[i])
+			if _, err := Verify(t.Context(), VerifyRequest{Repository: w.repo, ID: id}); err != nil {
+				t.Errorf("%s: %v", when, err)
+			}
+		}
+	}
+	check("as written")
+
+	if err := w.repo.Forget(t.Context(), backupID(t, handles[0])); err != nil {
+		t.Fatal(err)
+	}
+	handles, wants = handles[1:], wants[1:]
+	k.run("snapshot", "pin", list()[backupID(t, handles[0])], "--add", "kept") // kopia writes the manifest anew
+	for range 2 {
+		k.run("maintenance", "run", "--full", "--safety=none")
+	}
+	check("after maintenance")
+
+	// The next incremental finds its base as kopia left it.
+	w.write(random(rng, 5000), 100<<20)
+	s, want := w.cut()
+	r := w.backup(s)
+	if r.Kind != repository.Incremental || len(r.Warnings) > 0 {
+		t.Errorf("%+v", r)
+	}
+	handles, wants = append(handles, r.Backup), append(wants, want)
+	check("and one more")
+}
