@@ -60,20 +60,19 @@ var placed = []string{"ReadAt", "WriteAt", "Zero", "Extents", "Snapshots", "Volu
 // Each decorated adapter counts for itself.
 func (f Faults) Decorate(a Adapter) Adapter {
 	seen := make([]atomic.Int64, len(f)) // calls that fitted
-	// strike makes the call under the faults from the i-th on that sit at a place in a stream, or do not.
-	var strike func(ctx context.Context, i int, item bool, c Call, do Do) error
-	strike = func(ctx context.Context, i int, item bool, c Call, do Do) error {
-		for ; i < len(f); i++ {
+	strike := func(ctx context.Context, item bool, c Call, do Do) error {
+		for i := len(f) - 1; i >= 0; i-- {
 			if f[i].fits(c, item) && f[i].due(seen[i].Add(1)) {
-				return f[i].strike(ctx, c, func(ctx context.Context, c Call) error { return strike(ctx, i+1, item, c, do) })
+				inner := do
+				do = func(ctx context.Context, c Call) error { return f[i].strike(ctx, c, inner) }
 			}
 		}
 		return do(ctx, c)
 	}
 	return Decorate(a, Layer{
-		Around: func(ctx context.Context, c Call, do Do) error { return strike(ctx, 0, false, c, do) },
+		Around: func(ctx context.Context, c Call, do Do) error { return strike(ctx, false, c, do) },
 		Item: func(ctx context.Context, c Call) error {
-			return strike(ctx, 0, true, c, func(context.Context, Call) error { return nil })
+			return strike(ctx, true, c, func(context.Context, Call) error { return nil })
 		},
 	})
 }

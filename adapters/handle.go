@@ -5,12 +5,14 @@ import (
 	"encoding/base32"
 	"regexp"
 	"strings"
+	"unicode/utf8"
 
 	"stillpoint.io/stillpoint/fault"
 )
 
 // Handles. A volume is written <backend>:<id>, a snapshot <backend>:<id>@<name>; the CSI snapshot handle is that
-// string. In an id, '%' and '@' are written %25 and %40, so the one '@' of a handle always separates the name. Names
+// string. In an id, '%' and '@' are written %25 and %40, so the one '@' of a handle always separates the name, and a '~'
+// at its start %7E. An id has one spelling, so handles can be compared as strings. Names
 // in a backend are short (NameMax); a handle longer than HandleMax is written <backend>:~<hash> instead, where hash
 // is ShortName of the full handle, and Resolve finds it again by listing.
 
@@ -26,7 +28,8 @@ var (
 	backendName = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?$`)
 	encoding    = base32.NewEncoding("abcdefghijklmnopqrstuvwxyz234567").WithPadding(base32.NoPadding)
 	escape      = strings.NewReplacer("%", "%25", "@", "%40")
-	unescape    = strings.NewReplacer("%25", "%", "%40", "@")
+	unescape    = strings.NewReplacer("%25", "%", "%40", "@", "%7E", "~")
+	misspelt    = regexp.MustCompile(`%($|[^247]|2($|[^5])|4($|[^0])|7($|[^E]))|.%7E`)
 )
 
 // VolumeID names a volume: the backend by its configured name, the volume by an id that its adapter understands. ID
@@ -34,7 +37,13 @@ var (
 type VolumeID struct{ Backend, ID string }
 
 // String returns the handle.
-func (v VolumeID) String() string { return v.Backend + ":" + escape.Replace(v.ID) }
+func (v VolumeID) String() string {
+	id := escape.Replace(v.ID)
+	if rest, ok := strings.CutPrefix(id, "~"); ok {
+		id = "%7E" + rest
+	}
+	return v.Backend + ":" + id
+}
 
 // SnapshotID names a snapshot of a volume. Name is the one inside the backend, at most NameMax of [a-z0-9-].
 type SnapshotID struct {
@@ -94,7 +103,7 @@ func ParseHandle(s string) (Handle, error) {
 	}
 	if short, ok := strings.CutPrefix(rest, "~"); ok {
 		if len(short) != NameMax || !plainName.MatchString(short) {
-			return bad("a short handle has 26 characters after the tilde")
+			return bad("a short handle has 26 characters after the tilde, and a tilde at the start of an id is written %7E")
 		}
 		return Handle{Volume: VolumeID{Backend: backend}, Short: short}, nil
 	}
@@ -109,6 +118,10 @@ func ParseHandle(s string) (Handle, error) {
 		return bad("an @ inside an id is written %40")
 	case isSnapshot && !plainName.MatchString(name):
 		return bad("the snapshot's name must be at most 26 of [a-z0-9-] (an @ inside an id is written %40)")
+	case misspelt.MatchString(id):
+		return bad("a % inside an id is written %25, and only % and @, or ~ at the start, are written with a % (%25, %40, %7E)")
+	case !utf8.ValidString(id):
+		return bad("not UTF-8")
 	case strings.ContainsFunc(id, func(r rune) bool { return r < ' ' || r == 0x7f }):
 		return bad("control characters")
 	}
