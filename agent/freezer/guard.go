@@ -108,7 +108,7 @@ func (g *guardProcess) run() {
 		}
 		g.look(!alive)
 		if !alive {
-			g.disarm(func(s state) bool { return s.settled() })
+			g.disarm()
 		}
 	}
 }
@@ -122,11 +122,11 @@ func (g *guardProcess) armed() bool {
 	return false
 }
 
-// disarm closes our descriptors of entries in a state.
-func (g *guardProcess) disarm(in func(state) bool) {
+// disarm closes our descriptors of what is settled.
+func (g *guardProcess) disarm() {
 	for i, fd := range g.fds {
-		if fd >= 0 && in(g.ledger.entry(i).state()) {
-			unix.Close(fd)
+		if fd >= 0 && g.ledger.entry(i).state().settled() {
+			g.threads.run(func() { unix.Close(fd) }) // the last descriptor of an unmounted filesystem takes its time
 			g.fds[i] = -1
 		}
 	}

@@ -295,14 +295,18 @@ func (h *holder) retire(g *grant) {
 		}
 	}
 	h.mu.Lock()
-	defer h.mu.Unlock()
 	for n, i := range entries {
 		e := h.ledger.entry(i)
 		h.count(g.request.Filesystems[n], e)
-		unix.Close(fds[n])
 		h.fds[i] = -1
 		e.State.Store(uint32(idle))
 	}
+	h.mu.Unlock()
+	for _, fd := range fds {
+		unix.Close(fd) // of a filesystem that was unmounted meanwhile this is the end, and takes its time
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
 	h.grants = slices.DeleteFunc(h.grants, func(x *grant) bool { return x == g })
 	if h.current == g {
 		h.current = nil

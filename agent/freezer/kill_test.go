@@ -9,22 +9,51 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The client is killed while it has a lease: the connection closes, which thaws.
+// The agent is SIGKILLed while it has a lease: the connection closes, which thaws.
 func TestClientKilledWhileFrozen(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
 	fs := r.volume("v", "ext4")
-	c := r.connect()
-	r.freeze(c, r.request(50*time.Second, fs))
+	pid := r.client(r.socket, fs)
 	w := writer(t, fs)
 	blocked(t, w)
 	killed := time.Now()
-	c.conn.close() // the kernel does no more and no less for a killed process
-	r.thawedAfter(killed, "the client's end", w)
+	r.signal(pid, unix.SIGKILL)
+	r.thawedAfter(killed, "the client was killed", w)
 }
 
-// The client is stopped past the heartbeat.
-func TestClientStoppedPastTheHeartbeat(t *testing.T) {
+// The same with a freezer of its own, which thaws and goes, with its guard and its record.
+func TestSpawningClientKilledWhileFrozen(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	fs := r.volume("v", "ext4")
+	pid := r.client("spawn", fs)
+	if len(r.ledgers()) != 2 {
+		t.Fatalf("records: %v", r.ledgers())
+	}
+	w := writer(t, fs)
+	blocked(t, w)
+	killed := time.Now()
+	r.signal(pid, unix.SIGKILL)
+	r.thawedAfter(killed, "the client was killed", w)
+	r.wait("the spawned freezer to go", func() bool { return len(r.ledgers()) == 1 })
+}
+
+// The agent is SIGSTOPped past the heartbeat.
+func TestClientStopped(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	fs := r.volume("v", "ext4")
+	pid := r.client(r.socket, fs)
+	w := writer(t, fs)
+	blocked(t, w)
+	stopped := time.Now()
+	r.signal(pid, unix.SIGSTOP)
+	r.thawedAfter(stopped, "the client was stopped (heartbeat 400ms)", w)
+}
+
+// The beats keep a lease; without them it ends, and its Thaw says so.
+func TestHeartbeat(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
 	fs := r.volume("v", "ext4")

@@ -1,6 +1,7 @@
 package freezer
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -11,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -45,6 +47,9 @@ var program = sync.OnceValues(func() (string, error) {
 })
 
 func TestMain(m *testing.M) {
+	if os.Getenv(clientSocket) != "" {
+		clientProcess()
+	}
 	code := m.Run()
 	if path, err := program(); err == nil {
 		os.RemoveAll(filepath.Dir(path))
@@ -54,7 +59,7 @@ func TestMain(m *testing.M) {
 
 // rig is a running freezer with a lab of its own.
 type rig struct {
-	t       *testing.T
+	t       testing.TB
 	lab     *lab.Lab
 	program string
 	records string
@@ -66,7 +71,7 @@ type rig struct {
 	stderr  *os.File // instead of said
 }
 
-func newRig(t *testing.T) *rig {
+func newRig(t testing.TB) *rig {
 	t.Helper()
 	l := lab.Test(t)
 	built, err := program()
@@ -86,6 +91,7 @@ func (r *rig) start() {
 	if cmd.Stderr = &r.said; r.stderr != nil {
 		cmd.Stderr = r.stderr
 	}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: unix.SIGKILL} // with a killed test goes its freezer; the guard thaws
 	exited := make(chan struct{})
 	if err := cmd.Start(); err != nil {
 		r.t.Fatal(err)
@@ -195,7 +201,7 @@ func (r *rig) stack() (pool, upper *lab.Filesystem) {
 }
 
 // target describes a mounted filesystem as a plan would.
-func target(t *testing.T, at string) Filesystem {
+func target(t testing.TB, at string) Filesystem {
 	t.Helper()
 	mounts, err := readMounts("/proc/self/mountinfo")
 	if err != nil {
@@ -229,7 +235,7 @@ func (r *rig) freeze(c *Client, q Request) *Lease {
 
 // stranger freezes and thaws as somebody else would. The descriptor is opened beforehand.
 type stranger struct {
-	t  *testing.T
+	t  testing.TB
 	fd int
 }
 
@@ -510,4 +516,60 @@ func checkHardened(t *testing.T, name string, pid int, weak bool) {
 	if resident > 24<<10 && raceFlags == nil {
 		t.Errorf("%s: %d KiB resident", name, resident)
 	}
+}
+
+// A client in a process of its own, which can be killed and stopped: it freezes clientMount for 50 s by way of
+// clientSocket, or, if that is "spawn", of a freezer that it spawns, writes a line, and waits.
+const (
+	clientSocket  = "STILLPOINT_TEST_SOCKET"
+	clientMount   = "STILLPOINT_TEST_MOUNT"
+	clientProgram = "STILLPOINT_TEST_PROGRAM"
+	clientRecords = "STILLPOINT_TEST_RECORDS"
+)
+
+func clientProcess() {
+	ctx := context.Background()
+	connect := func() (*Client, error) { return Connect(ctx, os.Getenv(clientSocket)) }
+	if os.Getenv(clientSocket) == "spawn" {
+		connect = func() (*Client, error) {
+			return Spawn(ctx, SpawnOptions{Program: os.Getenv(clientProgram), Records: os.Getenv(clientRecords)})
+		}
+	}
+	c, err := connect()
+	if err == nil {
+		mounts, _ := readMounts("/proc/self/mountinfo")
+		passed := route(mounts, os.Getenv(clientMount))
+		m := passed[len(passed)-1]
+		_, err = c.Freeze(ctx, Request{Filesystems: []Filesystem{{m.Point, m.Device, m.Type}}, MaxFreeze: 50 * time.Second, Heartbeat: 400 * time.Millisecond})
+	}
+	if err != nil {
+		fmt.Println(err)
+		os.Exit(1)
+	}
+	fmt.Println("frozen")
+	select {}
+}
+
+// client starts one, and returns when it has frozen.
+func (r *rig) client(socket string, fs *lab.Filesystem) int {
+	r.t.Helper()
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(), clientSocket+"="+socket, clientMount+"="+fs.Mount, clientProgram+"="+r.program, clientRecords+"="+r.records)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: unix.SIGKILL}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		r.t.Fatal(err)
+	}
+	r.t.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+	})
+	line, _ := bufio.NewReader(out).ReadString('\n')
+	if line != "frozen\n" {
+		r.t.Fatalf("the client says %q", line)
+	}
+	return cmd.Process.Pid
 }
