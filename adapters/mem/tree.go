@@ -1,5 +1,7 @@
 package mem
 
+import "encoding/binary"
+
 // A volume's bytes are a persistent tree of chunks. A node belongs to the epoch in which it was made; a snapshot is
 // the root at one instant, and ends the epoch. Writes copy the nodes of earlier epochs on their way down and change
 // those of the current one in place, so that a snapshot costs nothing, shares all it can, and is never written again.
@@ -156,14 +158,17 @@ func (t *tree) wipe(n *node, level int, start, off, end int64, epoch uint64) *no
 // generate fills p with the content of a dense volume at off: 8-byte words, each a hash of its number (splitmix64,
 // S. Vigna, https://prng.di.unimi.it/splitmix64.c).
 func generate(p []byte, off int64, seed uint64) {
-	for i := 0; i < len(p); {
-		word := uint64(off+int64(i)) >> 3
-		x := seed + (word+1)*0x9e3779b97f4a7c15
+	for len(p) > 0 {
+		x := seed + (uint64(off)>>3+1)*0x9e3779b97f4a7c15
 		x = (x ^ x>>30) * 0xbf58476d1ce4e5b9
 		x = (x ^ x>>27) * 0x94d049bb133111eb
 		x ^= x >> 31
-		for b := uint(off+int64(i)) & 7; b < 8 && i < len(p); b, i = b+1, i+1 {
-			p[i] = byte(x >> (8 * b))
+		if off&7 == 0 && len(p) >= 8 {
+			binary.LittleEndian.PutUint64(p, x)
+			p, off = p[8:], off+8
+			continue
 		}
+		p[0] = byte(x >> (8 * (off & 7)))
+		p, off = p[1:], off+1
 	}
 }
