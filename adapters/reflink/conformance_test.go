@@ -24,7 +24,7 @@ func TestConformance(t *testing.T) {
 		adaptertest.Run(t, adaptertest.Harness{
 			Backend: "r",
 			Open: func(t testing.TB) adapters.Adapter {
-				a, err := Kind().Open(t.Context(), adapters.Config{Name: "r"})
+				a, err := Kind().Open(t.Context(), adapters.Config{Name: "r", Parameters: map[string]string{"pools": x.fs.Mount + ", " + other.Mount}})
 				must(t, err)
 				return a
 			},

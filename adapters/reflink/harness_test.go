@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"unsafe"
 
@@ -20,7 +21,7 @@ import (
 
 const poolSize = 1 << 30
 
-// fixture is a pool of a test and a backend on it.
+// fixture is a pool of a test and a backend that is limited to it: other tests have pools on this machine too.
 type fixture struct {
 	*Adapter
 	fs  *lab.Filesystem
@@ -40,11 +41,16 @@ func newFixture(t testing.TB, fstype string) fixture {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return fixture{Adapter: newAdapter(t), fs: fs, lab: l}
+	return fixture{Adapter: newAdapter(t, fs.Mount), fs: fs, lab: l}
 }
 
-func newAdapter(t testing.TB) *Adapter {
-	a, err := Kind().Open(context.Background(), adapters.Config{Name: "r"})
+// newAdapter opens a backend, limited to some mount points if there are any.
+func newAdapter(t testing.TB, pools ...string) *Adapter {
+	c := adapters.Config{Name: "r"}
+	if len(pools) > 0 {
+		c.Parameters = map[string]string{"pools": strings.Join(pools, ",")}
+	}
+	a, err := Kind().Open(context.Background(), c)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -118,7 +118,7 @@ func TestKilled(t *testing.T) {
 		content, err := os.ReadFile(at)
 		must(t, err)
 		r := random(7)
-		for range 25 {
+		for range 15 {
 			killed(t, "snapshot", at, time.Duration(r.IntN(30_000))*time.Microsecond)
 			left, err := os.ReadDir(filepath.Join(x.fs.Mount, folderName))
 			must(t, err)
@@ -138,7 +138,7 @@ func TestKilled(t *testing.T) {
 				must(t, x.DeleteSnapshot(ctx, s.ID))
 			}
 		}
-		for range 15 {
+		for range 10 {
 			killed(t, "restore", at, time.Duration(r.IntN(20_000))*time.Microsecond)
 			if got, err := os.ReadFile(at + "-new"); err == nil {
 				if !bytes.Equal(got, bytes.Repeat([]byte{9}, newSize)) {

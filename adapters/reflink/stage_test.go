@@ -69,6 +69,37 @@ func drafts(t testing.TB, mount string) int {
 	return n
 }
 
+// TestStagedMoves: a balance that moves blocks while a snapshot is staged, and compressed extents, change nothing.
+func TestStagedMoves(t *testing.T) {
+	x := newFixture(t, "btrfs")
+	ctx := t.Context()
+	at, id := x.volume(t, "v", 4<<20)
+	f, err := os.OpenFile(at, os.O_RDWR, 0)
+	must(t, err)
+	defer f.Close()
+	r := random(3)
+	for round := range 6 {
+		name := fmt.Sprint(round)
+		must(t, x.Stage(ctx, id, name))
+		if round%2 == 0 {
+			command(t, "btrfs", "balance", "start", "--full-balance", x.fs.Mount)
+		} else {
+			_, err := f.WriteAt(make([]byte, 1<<20), int64(round)<<18+100) // compressible
+			must(t, err)
+			command(t, "btrfs", "filesystem", "defragment", "-f", "-czstd", at)
+		}
+		for range 8 {
+			mutate(t, f, r, false)
+		}
+		s := x.cut(t, id, name)
+		live, err := os.ReadFile(at)
+		must(t, err)
+		if got := x.read(t, s.ID); !bytes.Equal(got, live) {
+			t.Fatalf("round %d: the snapshot is not the volume", round)
+		}
+	}
+}
+
 func TestUnstage(t *testing.T) {
 	onPools(t, func(t *testing.T, x fixture) {
 		ctx := t.Context()

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -30,6 +31,7 @@ func bind(t testing.TB, from, to string) {
 func TestCanonical(t *testing.T) {
 	onPools(t, func(t *testing.T, x fixture) {
 		ctx := t.Context()
+		x.Adapter = newAdapter(t)
 		at, id := x.volume(t, "a/b/disk one.img", 8192)
 		if want := typed(x.uuid(t) + "/a/b/disk one.img"); id != want {
 			t.Fatalf("%v, want %v", id, want)
@@ -53,7 +55,7 @@ func TestCanonical(t *testing.T) {
 		}
 		must(t, x.Stage(ctx, id, "s"))
 		s := x.cut(t, id, "s")
-		if got := x.list(t, adapters.Filter{}); !slices.Equal(got, []string{"s"}) {
+		if got := x.list(t, adapters.Filter{Volume: id}); !slices.Equal(got, []string{"s"}) {
 			t.Errorf("listed %v", got)
 		}
 		must(t, x.DeleteSnapshot(ctx, s.ID))
@@ -128,6 +130,7 @@ func TestSubvolumes(t *testing.T) {
 	copied := filepath.Join(x.lab.Dir, "copy")
 	must(t, os.Mkdir(copied, 0o755))
 	must(t, unix.Mount(x.fs.Device, copied, "btrfs", 0, "subvol=copy"))
+	x.Adapter = newAdapter(t, x.fs.Mount, sub, copied)
 	if got := x.list(t, adapters.Filter{}); !slices.Equal(got, []string{"s"}) {
 		t.Errorf("listed %v", got)
 	}
@@ -159,6 +162,7 @@ func TestRefused(t *testing.T) {
 	noReflink := &lab.Filesystem{File: old, Mount: filepath.Join(x.lab.Dir, "old"), Type: "xfs"}
 	must(t, noReflink.Up())
 	must(t, os.WriteFile(noReflink.Mount+"/v", nil, 0o600))
+	x.Adapter = newAdapter(t, x.fs.Mount, noReflink.Mount)
 	shm, err := os.CreateTemp("/dev/shm", "stillpoint-test")
 	must(t, err)
 	defer os.Remove(shm.Name())
@@ -212,24 +216,52 @@ func TestRefused(t *testing.T) {
 		want(t, fmt.Sprint(p), err, fault.Invalid)
 	}
 
-	// A whole pool that is mounted twice as two block devices has one UUID for two filesystems.
-	must(t, x.fs.Down())
-	copied := filepath.Join(x.lab.Dir, "copied.img")
-	command(t, "cp", "--sparse=always", x.fs.File, copied)
-	must(t, x.fs.Up())
-	device, f, err := lab.Loop(copied)
-	must(t, err)
-	must(t, os.Mkdir(x.lab.Dir+"/copied", 0o755))
-	must(t, unix.Mount(device, x.lab.Dir+"/copied", "xfs", 0, "nouuid"))
-	f.Close()
-	_, err = x.Volume(ctx, id)
-	want(t, "two filesystems with one UUID", err, fault.Invalid)
-
-	must(t, unix.Unmount(x.lab.Dir+"/copied", 0))
 	must(t, x.fs.Down())
 	_, err = x.CreateSnapshot(ctx, id, "s")
 	want(t, "the pool was unmounted", err, fault.Unavailable)
 	want(t, "the pool was unmounted: delete", x.DeleteSnapshot(ctx, adapters.SnapshotID{Volume: id, Name: "s"}), fault.Unavailable)
+}
+
+// TestTwins: two mounted filesystems with one UUID, a pool and a block copy of it, are ambiguous. The copy is mounted
+// where only this test sees it.
+func TestTwins(t *testing.T) {
+	x := newFixture(t, "xfs")
+	_, id := x.volume(t, "v", 8192)
+	x.cut(t, id, "s")
+	must(t, x.fs.Down())
+	file, at := filepath.Join(x.lab.Dir, "copied.img"), filepath.Join(x.lab.Dir, "copied")
+	command(t, "cp", "--sparse=always", x.fs.File, file)
+	must(t, x.fs.Up())
+	device, f, err := lab.Loop(file)
+	must(t, err)
+	defer f.Close()
+	must(t, os.Mkdir(at, 0o755))
+	a := newAdapter(t, x.fs.Mount, at)
+	var look, list error
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread() // and never unlocked: the thread and its mounts go with the goroutine
+		err := unix.Unshare(unix.CLONE_NEWNS)
+		if err == nil {
+			err = unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "")
+		}
+		if err == nil {
+			err = unix.Mount(device, at, "xfs", 0, "nouuid")
+		}
+		if err == nil {
+			_, look = a.Volume(background, id)
+			for _, list = range a.Snapshots(background, adapters.Filter{}) {
+			}
+			err = unix.Unmount(at, 0)
+		}
+		done <- err
+	}()
+	must(t, <-done)
+	want(t, "looking up", look, fault.Invalid)
+	want(t, "listing", list, fault.Invalid)
+	if v, err := x.Volume(t.Context(), id); err != nil || v.ID != id {
+		t.Errorf("without the copy: %v, %v", v.ID, err)
+	}
 }
 
 // TestLoops: the device that carries a volume is found however it was attached.
