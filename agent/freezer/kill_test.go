@@ -223,7 +223,7 @@ func TestBothKilledInsideFIFREEZE(t *testing.T) {
 	r := newRig(t)
 	pool, upper := r.stack()
 	dirty(t, upper)
-	below, above := r.stranger(pool), r.stranger(upper)
+	above, below := r.stranger(upper), r.stranger(pool)
 	below.freeze()
 	q := r.request(50*time.Second, upper)
 	q.Heartbeat = time.Second
@@ -261,7 +261,7 @@ func TestHolderKilledInsideFIFREEZE(t *testing.T) {
 	pool, upper := r.stack()
 	first := r.volume("first", "ext4")
 	dirty(t, upper)
-	below, above := r.stranger(pool), r.stranger(upper)
+	above, below := r.stranger(upper), r.stranger(pool)
 	below.freeze()
 	q := r.request(50*time.Second, first, upper)
 	q.Heartbeat = time.Second
@@ -288,7 +288,7 @@ func TestHolderStoppedInsideFIFREEZE(t *testing.T) {
 	r := newRig(t)
 	pool, upper := r.stack()
 	dirty(t, upper)
-	below, above := r.stranger(pool), r.stranger(upper)
+	above, below := r.stranger(upper), r.stranger(pool)
 	below.freeze()
 	q := r.request(500*time.Millisecond, upper)
 	out := behind(t.Context(), r.connect(), q)
@@ -312,7 +312,7 @@ func TestFreezeThatLandsAfterItsDeadline(t *testing.T) {
 	pool, upper := r.stack()
 	first, other := r.volume("first", "ext4"), r.volume("other", "ext4")
 	dirty(t, upper)
-	below, above := r.stranger(pool), r.stranger(upper)
+	above, below := r.stranger(upper), r.stranger(pool)
 	below.freeze()
 	c := r.connect()
 	q := r.request(500*time.Millisecond, first, upper)
@@ -443,4 +443,63 @@ func TestTerminatedWhileFrozen(t *testing.T) {
 		t.Error(r.err)
 	}
 	wantReason(t, r.lost(l), Lost)
+}
+
+// A deadlock in the making: the deadline passes while the lower filesystem's FIFREEZE hangs, so the upper one's FITHAW
+// hangs, too, which writes to the lower; then the first process is killed, and the lower one's freeze lands. The
+// killed process cannot go, because its FITHAW waits for the lower filesystem, which it left frozen. So whoever is
+// left must not wait for the process, only for the thread that was in FIFREEZE.
+func TestHolderKilledBetweenTwoHangingCalls(t *testing.T) {
+	t.Parallel()
+	for name, finish := range map[string]func(*rig){
+		"the guard thaws": func(*rig) {},
+		"a sweep thaws": func(r *rig) {
+			r.wait("a sweep", func() bool {
+				_, err := Sweep(r.t.Context(), r.records)
+				return err == nil && len(r.ledgers()) == 0
+			})
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			r := newRig(t)
+			base, lower := r.stack()
+			upper, err := r.lab.Volume(t.Context(), lower.Mount, "top", "ext4", 8<<20)
+			if err != nil {
+				t.Fatal(err)
+			}
+			pool, err := r.lab.Pool(t.Context(), "pool2", "xfs", 320<<20)
+			if err != nil {
+				t.Fatal(err)
+			}
+			between, err := r.lab.Volume(t.Context(), pool.Mount, "between", "ext4", 8<<20)
+			if err != nil {
+				t.Fatal(err)
+			}
+			dirty(t, between)
+			above, middle := r.stranger(upper), r.stranger(lower)
+			gate, below := r.stranger(pool), r.stranger(base) // lowest last, so that a cleanup thaws it first
+			guard := r.guard()
+			q := r.request(2*time.Second, upper, between, lower)
+			gate.freeze()
+			out := behind(t.Context(), r.connect(), q)
+			r.inside(q.Filesystems[1]) // the upper one is frozen
+			dirty(t, lower)
+			below.freeze()
+			gate.thaw()
+			r.inside(q.Filesystems[2])
+			<-out // the deadline has passed
+			time.Sleep(100 * time.Millisecond)
+			if name == "a sweep thaws" {
+				r.signal(guard, unix.SIGKILL)
+			}
+			r.signal(r.holder(), unix.SIGKILL)
+			below.thaw()
+			landed := time.Now()
+			w := writer(t, upper)
+			finish(r)
+			r.thawedAfter(landed, "the lower one could land", w)
+			r.wait("both to be thawed", func() bool { return !middle.frozen() && !above.frozen() })
+		})
+	}
 }

@@ -164,7 +164,7 @@ func TestCancelledFreeze(t *testing.T) {
 	r := newRig(t)
 	pool, upper := r.stack()
 	dirty(t, upper)
-	below, above := r.stranger(pool), r.stranger(upper)
+	above, below := r.stranger(upper), r.stranger(pool)
 	below.freeze()
 	c := r.connect()
 	q := r.request(30*time.Second, upper)
