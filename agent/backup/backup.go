@@ -39,8 +39,12 @@ type Budget struct {
 // DefaultMemory is the memory that a Budget gives by default, in bytes.
 const DefaultMemory = 192 << 20
 
-// packMemory is what kopia holds for each worker that stores: a pack of 20 MiB being written, and its pieces.
-const packMemory = 24 << 20
+// What kopia takes for each worker, measured as resident memory with chunks of 1 MiB: to store, a pack of 20 MiB being
+// written and its pieces; to read, buffers to fetch, decrypt and decompress, and what the collector has not got to.
+const (
+	storeMemory = 24 << 20
+	readMemory  = 40 << 20
+)
 
 // workers is how many to start when each needs this much memory.
 func (b Budget) workers(each int64) int {
@@ -133,7 +137,9 @@ func Run(ctx context.Context, q Request) (Report, error) {
 // distrustError says that what a backend called unchanged had changed.
 type distrustError struct{ why string }
 
-func (e *distrustError) Error() string { return "wrong changed blocks: " + e.why }
+func (e *distrustError) Error() string {
+	return "the changed blocks since the base are worth nothing: " + e.why
+}
 
 // run makes the backup as planned. It fails with a distrustError when the base turns out to be worth nothing.
 func run(ctx context.Context, q Request, p Plan, started time.Time, report *Report) (made repository.Backup, err error) {

@@ -96,7 +96,7 @@ func (v *verifier) run(ctx context.Context, b repository.Backup, budget Budget) 
 		}
 		return nil
 	})
-	for range budget.workers(5 * v.r.ChunkSize()) {
+	for range budget.workers(v.r.ChunkSize() + readMemory) {
 		g.Go(func() error {
 			p := make([]byte, v.r.ChunkSize())
 			for n := range segments {
