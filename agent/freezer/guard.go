@@ -230,6 +230,11 @@ func startGuard(l *ledger) (*guardLink, error) {
 		err = fmt.Errorf("the guard did not start: %s", r[1:])
 	case <-g.gone:
 		err = errors.New("the guard did not start")
+		select {
+		case r := <-g.replies: // its last words
+			err = fmt.Errorf("the guard did not start: %s", r[1:])
+		case <-time.After(tick):
+		}
 	case <-time.After(10 * time.Second):
 		err = errors.New("the guard did not start in 10 s")
 	}

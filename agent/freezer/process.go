@@ -26,6 +26,9 @@ func Isolate() error {
 	if os.Getenv(isolated) != "" {
 		return os.Unsetenv(isolated)
 	}
+	if os.Geteuid() != 0 {
+		return errors.New("the freezer must run as root: it needs CAP_SYS_ADMIN, CAP_DAC_READ_SEARCH, CAP_IPC_LOCK and CAP_SYS_RESOURCE")
+	}
 	runtime.LockOSThread()
 	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 		return fmt.Errorf("leaving the network: %w: the freezer needs CAP_SYS_ADMIN", err)

@@ -228,6 +228,9 @@ func takeDown(dir string) error {
 	if err != nil {
 		return err
 	}
+	for _, m := range mounts { // oldest first: the thaw of one stored on another can wait for that other
+		thaw(m.Mountpoint)
+	}
 	for i := len(mounts) - 1; i >= 0; i-- {
 		if err := unmount(mounts[i].Mountpoint); err != nil {
 			return err
@@ -259,13 +262,18 @@ func mountOrphans(dir string) {
 	}
 }
 
-// unmount thaws what we may have left frozen, and unmounts. Nobody else's freeze is at stake: the lab made it.
-func unmount(path string) error {
+// thaw thaws what we may have left frozen. Nobody else's freeze is at stake: the lab made it.
+func thaw(path string) {
 	if f, err := os.OpenFile(path, os.O_RDONLY|unix.O_CLOEXEC, 0); err == nil {
 		for unix.IoctlSetInt(int(f.Fd()), fithaw, 0) == nil {
 		}
 		f.Close()
 	}
+}
+
+// unmount thaws and unmounts.
+func unmount(path string) error {
+	thaw(path)
 	var err error
 	for range 100 { // a writer that was just killed may hold it for a moment
 		if err = unix.Unmount(path, 0); err == nil || errors.Is(err, unix.EINVAL) {
