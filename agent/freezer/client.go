@@ -32,6 +32,7 @@ type Client struct {
 	lease   *Lease
 	down    error         // why the connection ended
 	ended   chan struct{} // closed with down
+	beats   sync.WaitGroup
 }
 
 // Lease is a freeze of several filesystems, kept alive by a goroutine that sends heartbeats until Thaw, loss or Close.
@@ -105,6 +106,10 @@ func Spawn(ctx context.Context, o SpawnOptions) (*Client, error) {
 // it returns, and one whose FIFREEZE hangs is thawed at the moment that it lands. It returns by the deadline even if
 // the kernel does not. Cancelling ctx thaws. Errors: all Reasons.
 func (c *Client) Freeze(ctx context.Context, r Request) (*Lease, error) {
+	heartbeat := r.Heartbeat
+	if heartbeat == 0 {
+		heartbeat = DefaultHeartbeat
+	}
 	l := &Lease{c: c, lost: make(chan struct{}), done: make(chan struct{})}
 	c.mu.Lock()
 	if c.lease != nil {
@@ -112,13 +117,11 @@ func (c *Client) Freeze(ctx context.Context, r Request) (*Lease, error) {
 		return nil, errorf(Invalid, "", "this client has a lease already: thaw it first")
 	}
 	c.lease = l
+	if c.down == nil { // else Close may be waiting for the beats already
+		c.beats.Go(func() { l.beat(heartbeat) })
+	}
 	c.mu.Unlock()
 
-	heartbeat := r.Heartbeat
-	if heartbeat == 0 {
-		heartbeat = DefaultHeartbeat
-	}
-	go l.beat(heartbeat)
 	_, err := c.call(ctx, message{Verb: verbFreeze, Filesystems: r.Filesystems, MaxFreeze: r.MaxFreeze, Heartbeat: heartbeat}, r.MaxFreeze+answer)
 	if err != nil {
 		l.end(err)
@@ -176,6 +179,7 @@ func (c *Client) Close() error {
 	c.fail(errorf(Lost, "", "the connection to the freezer was closed"))
 	c.conn.close()
 	<-c.ended
+	c.beats.Wait()
 	if c.child == nil {
 		return nil
 	}

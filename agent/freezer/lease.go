@@ -121,21 +121,6 @@ func (g *grant) fill(l *ledger, n int, m mount) {
 	e.Until.Store(g.until)
 }
 
-// freeze calls FIFREEZE on an entry, whose state is freezing, and returns once it is settled or ours. It is run on a
-// thread of its own, and nobody waits for it without a deadline.
-func freeze(e *entry, fd int) error {
-	e.Thread.Store(int32(unix.Gettid()))
-	if err := ioctl(fd, fifreeze); err != nil {
-		e.State.Store(uint32(unfrozen))
-		return err
-	}
-	e.FrozenAt.Store(boottime())
-	if !e.swap(freezing, frozen) && e.claim(doomed, thawingHolder, boottime()) {
-		thaw(e, fd) // it landed after its time
-	}
-	return nil
-}
-
 // finalReport is the report of a retired lease, or what can be said of one whose thaw hangs.
 func (g *grant) finalReport(l *ledger) Report {
 	g.mu.Lock()

@@ -2,15 +2,10 @@ package freezer
 
 import (
 	"bytes"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
-	"runtime"
-	"strconv"
-	"strings"
 	"sync/atomic"
-	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -181,71 +176,6 @@ func (l *ledger) close() {
 	l.file.Close()
 }
 
-// set makes p the calling process.
-func (p *process) set() {
-	p.Namespace.Store(pidNamespace())
-	_, start, _ := processState(os.Getpid())
-	p.Start.Store(start)
-	p.PID.Store(int64(os.Getpid()))
-}
-
-// finished tells whether no code of p's own will run any more: it is gone, or killed with its leader a zombie and
-// the rest, if any, inside the kernel. Only for processes of our own PID namespace.
-func (p *process) finished() bool {
-	pid := int(p.PID.Load())
-	if pid == 0 {
-		return true
-	}
-	s, start, err := processState(pid)
-	return err != nil || s != unreadable && (start != p.Start.Load() || s == 'Z' || s == 'X')
-}
-
-// threadGone tells whether a thread of p has left the kernel for good, so that its last system call has returned.
-// Only for a finished process.
-func (p *process) threadGone(tid int32) bool {
-	pid := p.PID.Load()
-	if s, start, err := processState(int(pid)); err != nil || s != unreadable && start != p.Start.Load() {
-		return true
-	}
-	s, _, err := readStat(fmt.Sprintf("/proc/%d/task/%d/stat", pid, tid))
-	return err != nil || s == 'Z' || s == 'X'
-}
-
-// unreadable is the state of a process that is there and cannot be looked at. It is not gone.
-const unreadable = '?'
-
-// processState gives a process's state letter and start time; an error means that there is no such process.
-func processState(pid int) (byte, uint64, error) { return readStat(fmt.Sprintf("/proc/%d/stat", pid)) }
-
-func readStat(path string) (byte, uint64, error) {
-	b, err := os.ReadFile(path)
-	if err != nil {
-		if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ESRCH) {
-			return 0, 0, err
-		}
-		return unreadable, 0, nil
-	}
-	fields := strings.Fields(string(b[bytes.LastIndexByte(b, ')')+1:])) // the name may hold anything
-	if len(fields) < 20 {
-		return unreadable, 0, nil
-	}
-	start, err := strconv.ParseUint(fields[19], 10, 64)
-	return fields[0][0], start, err
-}
-
-func pidNamespace() uint64 {
-	var st unix.Stat_t
-	if unix.Stat("/proc/self/ns/pid", &st) != nil {
-		return 0
-	}
-	return st.Ino
-}
-
-func bootID() string {
-	b, _ := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	return strings.TrimSpace(string(b))
-}
-
 // boottime is the clock of all deadlines: unlike CLOCK_MONOTONIC it goes on while the machine is suspended.
 func boottime() int64 {
 	var ts unix.Timespec
@@ -265,72 +195,4 @@ func text(b []byte) string {
 func put(field []byte, s string) {
 	clear(field)
 	copy(field[:len(field)-1], s)
-}
-
-// threads are locked operating system threads for calls that nothing can interrupt. They are started before
-// anything is frozen: in between, not even a thread is made.
-type threads struct {
-	jobs chan func()
-	free atomic.Int64
-}
-
-func newThreads() *threads { return &threads{jobs: make(chan func())} }
-
-// ensure starts threads until n are free.
-func (t *threads) ensure(n int) {
-	for t.free.Load() < int64(n) {
-		started := make(chan struct{})
-		go func() {
-			runtime.LockOSThread()
-			t.free.Add(1)
-			close(started)
-			for job := range t.jobs {
-				job()
-				t.free.Add(1)
-			}
-		}()
-		<-started
-	}
-}
-
-// run runs a job on a free thread, or, should more hang than anybody foresaw, on a new one.
-func (t *threads) run(job func()) {
-	if t.free.Add(-1) < 0 {
-		t.free.Add(1)
-		t.ensure(1)
-		t.free.Add(-1)
-	}
-	t.jobs <- job
-}
-
-const (
-	fifreeze = 0xC0045877 // linux/fs.h
-	fithaw   = 0xC0045878
-)
-
-// ioctl calls without the runtime's retry on EINTR, and without an argument.
-func ioctl(fd int, request uintptr) error {
-	_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), request, 0)
-	if errno != 0 {
-		return errno
-	}
-	return nil
-}
-
-// thaw calls FITHAW for an entry that the caller has claimed, until the outcome is known, and settles it. A thaw that
-// fails on the way (a device that gives errors) leaves the filesystem frozen; only trying again can help.
-func thaw(e *entry, fd int) {
-	for {
-		switch err := ioctl(fd, fithaw); err {
-		case nil:
-			e.ThawedAt.Store(boottime())
-			e.State.Store(uint32(thawed))
-			return
-		case unix.EINVAL:
-			e.ThawedAt.Store(boottime())
-			e.State.Store(uint32(gone))
-			return
-		}
-		time.Sleep(100 * time.Millisecond)
-	}
 }

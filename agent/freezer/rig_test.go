@@ -28,12 +28,16 @@ const long = 20 * time.Second
 // raceFlags are set under the race detector: the program is tested with it, too.
 var raceFlags []string
 
+// builtIn is the folder that program made.
+var builtIn string
+
 // program builds the real program once a run.
 var program = sync.OnceValues(func() (string, error) {
 	dir, err := os.MkdirTemp("", "stillpoint-freezer-")
 	if err != nil {
 		return "", err
 	}
+	builtIn = dir
 	path := filepath.Join(dir, "stillpoint-freezer")
 	args := append(append([]string{"build"}, raceFlags...), "-o", path, "stillpoint.io/stillpoint/cmd/stillpoint-freezer")
 	cmd := exec.Command("go", args...)
@@ -51,8 +55,8 @@ func TestMain(m *testing.M) {
 		clientProcess()
 	}
 	code := m.Run()
-	if path, err := program(); err == nil {
-		os.RemoveAll(filepath.Dir(path))
+	if builtIn != "" {
+		os.RemoveAll(builtIn)
 	}
 	os.Exit(code)
 }
