@@ -95,7 +95,8 @@ type Lister interface {
 }
 
 // Gater is asked before anything is frozen: can all of these be snapshotted now? It checks space, limits, health and
-// permissions, and says how long the snapshots will take. An error names the volume; nothing is frozen then.
+// permissions, and says how long the snapshots will take: with what is staged, once something is. An error names the
+// volume; nothing is frozen then.
 type Gater interface {
 	Gate(ctx context.Context, ids []VolumeID) (Forecast, error)
 }
@@ -109,14 +110,16 @@ type Forecast struct {
 // Stager moves work out of the frozen window: Stage does ahead, unfrozen, what makes the CreateSnapshot of the same
 // volume and wanted name short. The caller promises that nothing writes to the volume during that CreateSnapshot (it
 // is frozen); when the promise is broken the cut is void. Staging may be repeated, and is worth repeating when the
-// volume changed much. What is staged is not a snapshot: it is thrown away by Unstage, by CreateSnapshot, and, when
-// its owner died, by the adapter itself before it stages again.
+// volume changed much. What is staged is not a snapshot: it is thrown away by Unstage and by CreateSnapshot, and it may
+// be gone with the process that staged it; CreateSnapshot is then merely slower.
 type Stager interface {
 	Stage(ctx context.Context, id VolumeID, wanted string) error
 	Unstage(ctx context.Context, id VolumeID, wanted string) error
 }
 
-// Differ answers the changed-block question. Both calls cost metadata reads only, never a pass over the data.
+// Differ answers the changed-block question. Both calls cost metadata reads only, never a pass over the data, except
+// where the backend's metadata proves nothing (compressed extents of btrfs) and Capabilities say so. The answer holds
+// nothing open until its stream is ranged over, and nothing after that.
 //
 // Allocated gives what a snapshot holds: extents not mentioned are zero. Changed gives what differs between two
 // snapshots of one volume (another volume's is Invalid); base may be the younger one, and a zeroed or discarded range
@@ -190,8 +193,9 @@ type Volume struct {
 	Freeze FreezeMode
 	// Device is the block device that carries the live volume on this node, 0 if it is not attached here.
 	Device Device
-	// WritesTo is the device number (st_dev) of the filesystem that a snapshot of this volume writes to, 0 if none
-	// that this node has. That filesystem cannot be frozen while the snapshot is taken.
+	// WritesTo is the filesystem that a snapshot of this volume writes to, by the device number that mountinfo shows (on
+	// btrfs, and there only, stat's st_dev is another one), 0 if none that this node has. That filesystem cannot be
+	// frozen while the snapshot is taken.
 	WritesTo Device
 	// Path is where an administrator finds the volume on this node: a file or a device node, or empty.
 	Path string

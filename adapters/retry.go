@@ -17,7 +17,7 @@ type RetryPolicy struct {
 	Longest  time.Duration // no wait is longer; default 30 s
 }
 
-// Retry tries again what failed as Unavailable or Exhausted. Every call of the contract is idempotent, so all of them
+// Retry tries again what failed as Unavailable, or as Exhausted with a time to wait (a full disk has none). Every call of the contract is idempotent, so all of them
 // are tried again but three: Commit and Abort, which close their target, and a stream that has passed an item on.
 //
 // It waits for at least what the other side asked for (fault.RetryAfter). It gives up at once, with the last error,
@@ -66,5 +66,5 @@ func repeatable(c Call, err error) bool {
 		return false
 	}
 	k := fault.KindOf(err)
-	return k == fault.Unavailable || k == fault.Exhausted
+	return k == fault.Unavailable || k == fault.Exhausted && fault.RetryAfter(err) > 0
 }

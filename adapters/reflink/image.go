@@ -16,49 +16,64 @@ import (
 
 // Allocated lists what a snapshot holds, from its extents.
 func (a *Adapter) Allocated(ctx context.Context, id adapters.SnapshotID, from int64) (cbt.Delta, error) {
-	_, f, err := a.openSnapshot(ctx, id)
-	if err != nil {
-		return cbt.Delta{}, err
-	}
-	delta, err := fiemap.Allocated(ctx, f, from)
-	return closing(delta, err, id, f)
+	return onDemand(id, func() (cbt.Delta, []*os.File, error) {
+		_, f, err := a.openSnapshot(ctx, id)
+		if err != nil {
+			return cbt.Delta{}, nil, err
+		}
+		delta, err := fiemap.Allocated(ctx, f, from)
+		return delta, []*os.File{f}, err
+	})
 }
 
 // Changed compares the extents of two snapshots.
 func (a *Adapter) Changed(ctx context.Context, base, target adapters.SnapshotID, from int64) (cbt.Delta, error) {
-	one, b, err := a.openSnapshot(ctx, base)
-	if err != nil {
-		return cbt.Delta{}, err
-	}
-	other, t, err := a.openSnapshot(ctx, target)
-	if err == nil && one != other {
-		err = fault.Errorf(fault.Invalid, "snapshots %s and %s are of different volumes", base, target)
-		t.Close()
-	}
-	if err != nil {
-		b.Close()
-		return cbt.Delta{}, err
-	}
-	delta, err := fiemap.Changed(ctx, b, t, from)
-	return closing(delta, err, target, b, t)
+	return onDemand(target, func() (cbt.Delta, []*os.File, error) {
+		one, b, err := a.openSnapshot(ctx, base)
+		if err != nil {
+			return cbt.Delta{}, nil, err
+		}
+		other, t, err := a.openSnapshot(ctx, target)
+		if err != nil {
+			return cbt.Delta{}, []*os.File{b}, err
+		}
+		if one != other {
+			return cbt.Delta{}, []*os.File{b, t}, fault.Errorf(fault.Invalid, "snapshots %s and %s are of different volumes", base, target)
+		}
+		delta, err := fiemap.Changed(ctx, b, t, from)
+		return delta, []*os.File{b, t}, err
+	})
 }
 
-// closing makes a delta's stream close the files that it reads, and its errors name the snapshot. A stream that nobody
-// ranges over leaves them to the garbage collector.
-func closing(delta cbt.Delta, err error, id adapters.SnapshotID, files ...*os.File) (cbt.Delta, error) {
-	done := func() {
-		for _, f := range files {
-			f.Close()
+// onDemand gives a delta whose stream opens the files that it reads when it is ranged over, and closes them at its end:
+// an answer that nobody reads holds nothing. Errors name the snapshot.
+func onDemand(id adapters.SnapshotID, open func() (cbt.Delta, []*os.File, error)) (cbt.Delta, error) {
+	begin := func() (cbt.Delta, func(), error) {
+		delta, files, err := open()
+		done := func() {
+			for _, f := range files {
+				f.Close()
+			}
 		}
+		if err != nil {
+			done()
+			return cbt.Delta{}, nil, failed(err, "snapshot %s", id)
+		}
+		return delta, done, nil
 	}
+	delta, done, err := begin()
 	if err != nil {
-		done()
-		return cbt.Delta{}, failed(err, "snapshot %s", id)
+		return cbt.Delta{}, err
 	}
-	extents := delta.Extents
+	done()
 	delta.Extents = func(yield func(cbt.Extent, error) bool) {
+		delta, done, err := begin()
+		if err != nil {
+			yield(cbt.Extent{}, err)
+			return
+		}
 		defer done()
-		for e, err := range extents {
+		for e, err := range delta.Extents {
 			if err != nil {
 				err = failed(err, "snapshot %s", id)
 			}

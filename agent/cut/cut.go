@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -101,7 +102,7 @@ func Make(ctx context.Context, r Request, n Node) (Result, error) {
 	if err != nil {
 		return Result{}, err
 	}
-	if err := gate(ctx, r, members); err != nil {
+	if _, err := gate(ctx, members); err != nil {
 		return Result{}, err
 	}
 	client, err := n.Freezer(ctx)
@@ -133,7 +134,8 @@ func DryRun(ctx context.Context, r Request, n Node) (Plan, error) {
 	if err != nil {
 		return Plan{}, err
 	}
-	return p, gate(ctx, r, members)
+	_, err = gate(ctx, members)
+	return p, err
 }
 
 func (r Request) check() error {
@@ -172,38 +174,43 @@ func lookUp(ctx context.Context, r Request) ([]member, error) {
 	}), nil
 }
 
-// gate asks every backend whether it can snapshot all of its volumes now, and whether that is quick enough.
-func gate(ctx context.Context, r Request, members []member) error {
-	type group struct {
-		gater adapters.Gater
-		ids   []adapters.VolumeID
-	}
-	var groups []group
-	index := map[string]int{}
+// forecast is what a backend expects of the window.
+type forecast struct {
+	backend string
+	volumes int
+	frozen  time.Duration
+}
+
+// gate asks every backend whether it can snapshot all of its volumes now, and how long that will take.
+func gate(ctx context.Context, members []member) ([]forecast, error) {
+	ids := map[string][]adapters.VolumeID{}
+	gaters := map[string]adapters.Gater{}
 	for _, m := range members {
-		g, ok := adapters.As[adapters.Gater](m.adapter)
-		if !ok {
-			continue
+		if g, ok := adapters.As[adapters.Gater](m.adapter); ok {
+			ids[m.volume.ID.Backend] = append(ids[m.volume.ID.Backend], m.volume.ID)
+			gaters[m.volume.ID.Backend] = g
 		}
-		i, ok := index[m.volume.ID.Backend]
-		if !ok {
-			i = len(groups)
-			index[m.volume.ID.Backend] = i
-			groups = append(groups, group{gater: g})
-		}
-		groups[i].ids = append(groups[i].ids, m.volume.ID)
 	}
-	return each(len(groups), func(i int) error {
-		f, err := groups[i].gater.Gate(ctx, groups[i].ids)
-		if err != nil {
-			return err
-		}
-		if f.Frozen > r.MaxFreeze/2 {
-			return fault.Errorf(fault.Exhausted, "backend %q needs about %v to snapshot %d volumes, more than half of the freeze's deadline of %v: raise --max-freeze (at most 60s), cut fewer volumes at once, or defragment them",
-				groups[i].ids[0].Backend, f.Frozen.Round(time.Millisecond), len(groups[i].ids), r.MaxFreeze)
-		}
-		return nil
+	backends := slices.Sorted(maps.Keys(ids))
+	forecasts := make([]forecast, len(backends))
+	err := each(len(backends), func(i int) error {
+		name := backends[i]
+		f, err := gaters[name].Gate(ctx, ids[name])
+		forecasts[i] = forecast{name, len(ids[name]), f.Frozen}
+		return err
 	})
+	return forecasts, err
+}
+
+// inTime refuses a window that would take more than half of the deadline. It is judged when everything is staged.
+func inTime(r Request, forecasts []forecast) error {
+	for _, f := range forecasts {
+		if f.frozen > r.MaxFreeze/2 {
+			return fault.Errorf(fault.Exhausted, "backend %q needs about %v to snapshot %d volumes, more than half of the freeze's deadline of %v: raise --max-freeze (at most 60s), cut fewer volumes at once, or defragment them",
+				f.backend, f.frozen.Round(time.Millisecond), f.volumes, r.MaxFreeze)
+		}
+	}
+	return nil
 }
 
 // publish marks the snapshots verified. The first one carries the proof for all: see adopt.

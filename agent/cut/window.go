@@ -41,6 +41,13 @@ func cutting(ctx context.Context, r Request, n Node, members []member, p Plan, c
 	if err := stage(ctx, r, members, p); err != nil {
 		return w, err
 	}
+	forecasts, err := gate(ctx, members)
+	if err == nil {
+		err = inTime(r, forecasts)
+	}
+	if err != nil {
+		return w, err
+	}
 	if err := n.sync(ctx, r, p.frozen()); err != nil {
 		return w, err
 	}
