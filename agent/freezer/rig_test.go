@@ -478,6 +478,19 @@ func mountDeadFUSE(t *testing.T, at string) func() {
 	}
 }
 
+// diskUse is what a process has read from and written to disks so far, page faults included.
+func diskUse(t *testing.T, pid int) string {
+	t.Helper()
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/io", pid))
+	stat, err2 := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil || err2 != nil {
+		t.Fatal(err, err2)
+	}
+	_, bytes, _ := strings.Cut(string(b), "read_bytes")
+	fields := strings.Fields(string(stat[strings.LastIndexByte(string(stat), ')'):]))
+	return "read_bytes" + bytes + "major faults: " + fields[10]
+}
+
 // deviceFree tells whether no superblock holds a block device.
 func deviceFree(device string) bool {
 	fd, err := unix.Open(device, unix.O_RDONLY|unix.O_EXCL|unix.O_CLOEXEC, 0)

@@ -20,7 +20,11 @@ func TestFreezeAndThaw(t *testing.T) {
 			c := r.connect()
 			l := r.freeze(c, r.request(30*time.Second, fs))
 			w := writer(t, fs)
+			before := diskUse(t, r.holder()) + diskUse(t, r.guard())
 			blocked(t, w)
+			if after := diskUse(t, r.holder()) + diskUse(t, r.guard()); after != before {
+				t.Errorf("the freezer used a disk while frozen: before %s, after %s", before, after)
+			}
 			asked := time.Now()
 			rep, err := l.Thaw(t.Context())
 			if err != nil || !rep.Held() {
