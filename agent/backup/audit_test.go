@@ -73,6 +73,7 @@ func TestWrongChangedBlocks(t *testing.T) {
 
 // Errors that are not the backend's word on the changed blocks stay errors.
 func TestUnreachableChangedBlocks(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, 64<<10, 1<<20)
 	first, _ := w.cut()
 	w.backup(first)
@@ -88,6 +89,7 @@ func TestUnreachableChangedBlocks(t *testing.T) {
 
 // An incremental reads what changed, audits 64 MiB beside it, and stores what is new.
 func TestIncrementalCounts(t *testing.T) {
+	t.Parallel()
 	const chunk = 64 << 10
 	w := newWorld(t, chunk, 200<<20)
 	rng := rand.New(rand.NewPCG(3, 4))

@@ -125,6 +125,7 @@ func TestDamagedIndexes(t *testing.T) {
 
 // A repository on a full disk: the backup fails as Exhausted, leaves no piece of a file, and works once there is room.
 func TestFullDisk(t *testing.T) {
+	t.Parallel()
 	l := lab.Test(t)
 	disk, err := l.Pool(t.Context(), "small", "ext4", 64<<20)
 	if err != nil {
@@ -165,6 +166,7 @@ func TestFullDisk(t *testing.T) {
 // A repository on a filesystem that is mounted read-only can be listed, verified and restored from, and says so when
 // it should be written.
 func TestReadOnlyRepository(t *testing.T) {
+	t.Parallel()
 	l := lab.Test(t)
 	disk, err := l.Pool(t.Context(), "ro", "ext4", 64<<20)
 	if err != nil {

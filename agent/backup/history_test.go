@@ -11,7 +11,7 @@ import (
 
 // Random histories of a volume, each step backed up, every backup of all steps restored and compared at the end.
 func TestHistories(t *testing.T) {
-	for seed := range uint64(6) {
+	for seed := range uint64(5) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			t.Parallel()
 			history(t, seed)
@@ -22,7 +22,7 @@ func TestHistories(t *testing.T) {
 func history(t *testing.T, seed uint64) {
 	rng := rand.New(rand.NewPCG(seed, 1))
 	chunk := int64(64<<10) << rng.IntN(3)
-	size := func() int64 { return 1 + rng.Int64N(3*repository.SegmentSize/2) }
+	size := func() int64 { return 1 + rng.Int64N(5*repository.SegmentSize/4) }
 	w := newWorld(t, chunk, size())
 	type step struct {
 		report Report
@@ -30,7 +30,7 @@ func history(t *testing.T, seed uint64) {
 	}
 	var steps []step
 	kinds := map[repository.Kind]int{}
-	for range 8 {
+	for range 7 {
 		for range rng.IntN(6) {
 			off := rng.Int64N(int64(len(w.model)))
 			length := 1 + rng.Int64N(min(int64(len(w.model))-off, 5*chunk))

@@ -92,12 +92,24 @@ func killedChild() error {
 // Killed at any moment, a backup leaves a repository in which what is listed is right, what was reported is listed,
 // and the next backup is right.
 func TestKilled(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, killChunk, killSize)
-	const runs = 12
+	const runs = 10
 	rng := rand.New(rand.NewPCG(uint64(time.Now().UnixNano()), 0))
 	full, incremental := 0, 0
+	// The first run is killed after its third backup, and says how long that takes here; the others any time until then.
+	const most = 3
+	pace := time.Hour
 	for run := range uint64(runs) {
-		reported := killSomewhere(t, w.at, run, time.Duration(rng.Int64N(int64(20*time.Millisecond)*(1+int64(run)))))
+		after := pace
+		if run > 0 {
+			after = time.Duration(rng.Int64N(int64(pace)))
+		}
+		started := time.Now()
+		reported := killSomewhere(t, w.at, run, after, most)
+		if run == 0 {
+			pace = time.Since(started)
+		}
 
 		k, err := newKillVolume(run)
 		if err != nil {
@@ -139,10 +151,14 @@ func TestKilled(t *testing.T) {
 		}
 	}
 	t.Logf("%d kills left %d full and %d incremental backups", runs, full, incremental)
+	if full == 0 || incremental == 0 {
+		t.Error("no child came far enough")
+	}
 }
 
-// killSomewhere starts a child and kills it after a while. It returns how many backups the child reported.
-func killSomewhere(t *testing.T, at repository.Location, run uint64, after time.Duration) int {
+// killSomewhere starts a child and kills it after a while or when it has made the most it should. It returns how many
+// backups the child reported.
+func killSomewhere(t *testing.T, at repository.Location, run uint64, after time.Duration, most int) int {
 	t.Helper()
 	child := exec.Command(os.Args[0])
 	child.Env = append(os.Environ(), childVariable+"=kill", "REPOSITORY="+at.Path, fmt.Sprint("RUN=", run))
@@ -163,7 +179,9 @@ func killSomewhere(t *testing.T, at repository.Location, run uint64, after time.
 	defer timer.Stop()
 	reported := 0
 	for lines.Scan() {
-		reported++
+		if reported++; reported == most {
+			child.Process.Kill()
+		}
 	}
 	if err := child.Wait(); err == nil || child.ProcessState.Exited() {
 		t.Fatalf("the child ended by itself: %v", err)

@@ -65,6 +65,7 @@ func (k *kopia) restore(manifest string) (image []byte, description string) {
 // Kopia's own command lists, verifies and restores what Stillpoint wrote; and after a base is forgotten and kopia has
 // thrown away all that nobody needs, every backup that is left is as it was, for kopia and for us.
 func TestKopiaReadsIt(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, 64<<10, 70<<20+12345)
 	rng := rand.New(rand.NewPCG(11, 12))
 	w.write(random(rng, 9<<20), 60<<20)

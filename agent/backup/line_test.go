@@ -81,6 +81,7 @@ func TestBudget(t *testing.T) {
 
 // The tail of a volume, the edges of segments, and volumes of next to nothing.
 func TestSizes(t *testing.T) {
+	t.Parallel()
 	for _, size := range []int64{1, 4096, 64<<10 - 1, 64 << 10, 64<<10 + 1, repository.SegmentSize - 1, repository.SegmentSize, repository.SegmentSize + 1} {
 		w := newWorld(t, 64<<10, size)
 		w.write([]byte{7}, size-1)

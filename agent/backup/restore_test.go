@@ -18,6 +18,7 @@ func target(id string) adapters.VolumeID { return adapters.VolumeID{Backend: "me
 // Over an existing volume that is larger and full of something else, from a backup and from a snapshot: everything
 // that the source does not have reads as zeros, to the volume's end.
 func TestRestoreOverwrites(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, 64<<10, 9<<20+4097)
 	rng := rand.New(rand.NewPCG(5, 6))
 	w.write(random(rng, 3<<20), 100)
@@ -46,6 +47,7 @@ func TestRestoreOverwrites(t *testing.T) {
 }
 
 func TestRestoreSizes(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, 64<<10, 5<<20)
 	w.write([]byte("here"), 1<<20)
 	s, want := w.cut()
@@ -106,6 +108,7 @@ func (i cancelledImage) ReadAt(ctx context.Context, p []byte, off int64) (int, e
 
 // Cancelled anywhere, a backup and a restore end with the context's error, hold nothing open, and the next is right.
 func TestCancel(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, 64<<10, 8<<20)
 	rng := rand.New(rand.NewPCG(7, 8))
 	w.write(random(rng, 8<<20), 0)
@@ -151,6 +154,7 @@ func TestCancel(t *testing.T) {
 
 // Two backups of one volume at once: of one id one remains and both are told of it, of two ids both do.
 func TestAtOnce(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, 64<<10, 8<<20)
 	w.write(random(rand.New(rand.NewPCG(9, 10)), 8<<20), 0)
 	s, want := w.cut()

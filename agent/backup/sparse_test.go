@@ -85,6 +85,7 @@ func sparseChild() error {
 
 // 16 TiB with next to nothing in it: cost follows what is there.
 func TestSparse(t *testing.T) {
+	t.Parallel()
 	at := repository.Location{Path: t.TempDir()}
 	if err := repository.Init(t.Context(), at, passphrase, repository.Options{}); err != nil {
 		t.Fatal(err)
