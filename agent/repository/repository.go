@@ -184,7 +184,8 @@ func (r *Repository) loadSettings(ctx context.Context) error {
 }
 
 // connect opens the repository with kopia. Kopia wants its configuration in a file: one in memory, without the
-// passphrase.
+// passphrase. It says nothing about a cache, not even that there is none: then KOPIA_CACHE_DIRECTORY would make one, and
+// what another repository left there would be taken for this one's.
 func connect(ctx context.Context, at Location, passphrase adapters.Secret, o OpenOptions) (repo.DirectRepository, error) {
 	registerFolder()
 	if _, err := os.Stat(filepath.Join(at.Path, format.KopiaRepositoryBlobID+".f")); errors.Is(err, fs.ErrNotExist) {
@@ -194,7 +195,6 @@ func connect(ctx context.Context, at Location, passphrase adapters.Secret, o Ope
 	}
 	config, err := json.Marshal(repo.LocalConfig{
 		Storage: &blob.ConnectionInfo{Type: folderType, Config: &folderOptions{Path: at.Path}},
-		Caching: &content.CachingOptions{}, // none
 		ClientOptions: repo.ClientOptions{
 			Hostname: o.Host, Username: userName, Description: at.String(), ReadOnly: o.ReadOnly,
 			FormatBlobCacheDuration: format.DefaultRepositoryBlobCacheDuration,

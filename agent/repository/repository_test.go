@@ -183,6 +183,21 @@ func TestEverybodySeesTheSame(t *testing.T) {
 	}
 }
 
+// What is in the environment for kopia's own command does not reach us.
+func TestKopiasEnvironment(t *testing.T) {
+	t.Setenv("KOPIA_CACHE_DIRECTORY", t.TempDir())
+	t.Setenv("KOPIA_PASSWORD", "another")
+	for _, id := range []string{"a", "b"} {
+		r := mustOpen(t, mustInit(t, MinChunkSize), OpenOptions{})
+		if _, err := commit(r, id, 1); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if left, err := os.ReadDir(os.Getenv("KOPIA_CACHE_DIRECTORY")); err != nil || len(left) > 0 {
+		t.Errorf("%v, %v", left, err)
+	}
+}
+
 // More manifests than kopia leaves alone: it puts them together while it lists them, which a reader must not need.
 func TestManyManifests(t *testing.T) {
 	at := mustInit(t, MinChunkSize)
