@@ -39,12 +39,11 @@ type Budget struct {
 // DefaultMemory is the memory that a Budget gives by default, in bytes.
 const DefaultMemory = 192 << 20
 
-// What kopia takes for each worker, measured as resident memory with chunks of 1 MiB: to store, a pack of 20 MiB being
-// written and its pieces; to read, buffers to fetch, decrypt and decompress, and what the collector has not got to.
-const (
-	storeMemory = 24 << 20
-	readMemory  = 40 << 20
-)
+// What kopia takes for each worker beside its buffer, by measurements of resident memory: to store, a pack of 20 MiB being
+// written and some copies of a chunk; to read, its pooled buffers of 8 MiB and more copies, which the collector has not
+// got to.
+func storeMemory(chunk int64) int64 { return 22<<20 + 3*chunk }
+func readMemory(chunk int64) int64  { return 36<<20 + 4*chunk }
 
 // workers is how many to start when each needs this much memory.
 func (b Budget) workers(each int64) int {

@@ -79,7 +79,7 @@ func newLine(q Request, source adapters.Image, base *repository.Image, w *reposi
 		chunk: q.Repository.ChunkSize(), size: source.Size(),
 	}
 	l.buffer = max(l.chunk, 1<<20)
-	l.workers = q.Budget.workers(l.buffer + storeMemory)
+	l.workers = q.Budget.workers(l.buffer + storeMemory(l.chunk))
 	if l.progress == nil {
 		l.progress = new(Progress)
 	}

@@ -142,7 +142,7 @@ func restore(ctx context.Context, q RestoreRequest, from opened) (RestoreReport,
 	if f.progress == nil {
 		f.progress = new(Progress)
 	}
-	f.workers = q.Budget.workers(f.buffer + readMemory)
+	f.workers = q.Budget.workers(f.buffer + readMemory(from.chunk))
 	if err := f.run(ctx, spec.Size); err != nil {
 		return RestoreReport{}, errors.Join(err, target.Abort(context.WithoutCancel(ctx)))
 	}

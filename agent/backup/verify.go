@@ -96,7 +96,7 @@ func (v *verifier) run(ctx context.Context, b repository.Backup, budget Budget) 
 		}
 		return nil
 	})
-	for range budget.workers(v.r.ChunkSize() + readMemory) {
+	for range budget.workers(v.r.ChunkSize() + readMemory(v.r.ChunkSize())) {
 		g.Go(func() error {
 			p := make([]byte, v.r.ChunkSize())
 			for n := range segments {
