@@ -282,6 +282,8 @@ func (l Location) fault(doing string, err error) error {
 		kind, remedy = fault.Exhausted, "; make room, or forget backups and run maintenance"
 	case errors.Is(err, unix.EROFS), errors.Is(err, fs.ErrPermission):
 		kind, remedy = fault.Invalid, "; it cannot be written from here"
+	case errors.Is(err, unix.ENOTDIR):
+		kind, remedy = fault.Invalid, "; a repository is a folder"
 	case errors.Is(err, blob.ErrBlobNotFound), errors.Is(err, content.ErrContentNotFound), errors.Is(err, blob.ErrInvalidRange),
 		strings.Contains(err.Error(), "message authentication failed"): // crypto/cipher exports no error for it
 		kind = fault.Corrupt

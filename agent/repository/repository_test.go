@@ -99,7 +99,7 @@ func TestInitRefuses(t *testing.T) {
 	}{
 		"there is one already": {at, secret, 0, fault.Busy},
 		"something is there":   {occupied, secret, 0, fault.Invalid},
-		"a file":               {Location{filepath.Join(occupied.Path, "file")}, secret, 0, fault.Internal},
+		"a file":               {Location{filepath.Join(occupied.Path, "file")}, secret, 0, fault.Invalid},
 		"chunk too small":      {fresh, secret, MinChunkSize / 2, fault.Invalid},
 		"chunk too large":      {fresh, secret, MaxChunkSize * 2, fault.Invalid},
 		"chunk not a power":    {fresh, secret, 3 << 20, fault.Invalid},
@@ -121,6 +121,13 @@ func TestOpenRefuses(t *testing.T) {
 	}
 	if _, err := Open(t.Context(), Location{t.TempDir()}, secret, OpenOptions{}); fault.KindOf(err) != fault.NotFound || !strings.Contains(err.Error(), "stillpoint remote init") {
 		t.Errorf("nothing there: %v", err)
+	}
+	file := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Open(t.Context(), Location{file}, secret, OpenOptions{}); fault.KindOf(err) != fault.Invalid {
+		t.Errorf("a file: %v", err)
 	}
 	foreign := t.TempDir()
 	st, err := filesystem.New(t.Context(), &filesystem.Options{Path: foreign, Options: sharded.Options{DirectoryShards: []int{1, 3}}}, true)
