@@ -104,7 +104,7 @@ func (b *bench) inLab(ctx context.Context, part func(*bench, context.Context) er
 	if err := os.WriteFile(passphrase, []byte("bench\n"), 0o600); err != nil {
 		return err
 	}
-	b.env = append(os.Environ(), "STILLPOINT_REMOTE="+filepath.Join(b.lab.Dir, "remote"), "STILLPOINT_PASSPHRASE_FILE="+passphrase)
+	b.env = append(os.Environ(), "STILLPOINT_RUN="+filepath.Join(b.lab.Dir, "run"), "STILLPOINT_REMOTE="+filepath.Join(b.lab.Dir, "remote"), "STILLPOINT_PASSPHRASE_FILE="+passphrase)
 	return part(b, ctx)
 }
 

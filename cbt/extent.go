@@ -59,7 +59,8 @@ func (c Confidence) String() string {
 // snapshot; BaseSize is then 0 and everything not mentioned is zero).
 //
 // Sizes and Granularity are bytes. Extents lie within [from, TargetSize), where from is what the caller asked to start
-// at; an extent that straddles from is cut there. Bytes between BaseSize and TargetSize count as changed.
+// at; an extent that straddles from is cut there. All bytes between BaseSize and
+// TargetSize are in the stream, as data or as zeros.
 type Delta struct {
 	BaseSize, TargetSize int64
 	Granularity          int64 // every extent starts and ends on a multiple of it, or at TargetSize; 1 if the source promises none

@@ -74,17 +74,17 @@ type Request struct {
 // Report is what a backup did. Counts are bytes. New and reused are of the data that is not all zero; of an
 // incremental, everything that the base had is reused.
 type Report struct {
-	Backup       string          `json:"backup"`         // its handle
-	Snapshot     string          `json:"snapshot"`       // its handle
-	Kind         repository.Kind `json:"kind"`           // full or incremental
-	Base         string          `json:"base,omitempty"` // handle of the backup that an incremental reuses
-	Reason       string          `json:"reason"`         // why it is full or incremental
-	Size         int64           `json:"size"`           // of the volume
-	BytesRead    int64           `json:"bytes_read"`     // from the snapshot, for the changed chunks
-	BytesAudited int64           `json:"bytes_audited"`  // from the snapshot, to distrust the changed blocks
-	BytesNew     int64           `json:"bytes_new"`      // in chunks that the repository did not have
-	BytesReused  int64           `json:"bytes_reused"`   // in chunks that it had
-	BytesStored  int64           `json:"bytes_stored"`   // written to the repository, compressed, with indexes
+	Backup       string          `json:"backup"`        // its handle
+	Snapshot     string          `json:"snapshot"`      // its handle
+	Kind         repository.Kind `json:"kind"`          // full or incremental
+	Base         string          `json:"base"`          // handle of the backup that an incremental reuses
+	Reason       string          `json:"reason"`        // why it is full or incremental
+	Size         int64           `json:"size"`          // of the volume
+	BytesRead    int64           `json:"bytes_read"`    // from the snapshot, for the changed chunks
+	BytesAudited int64           `json:"bytes_audited"` // from the snapshot, to distrust the changed blocks
+	BytesNew     int64           `json:"bytes_new"`     // in chunks that the repository did not have
+	BytesReused  int64           `json:"bytes_reused"`  // in chunks that it had
+	BytesStored  int64           `json:"bytes_stored"`  // written to the repository, compressed, with indexes
 	Seconds      float64         `json:"seconds"`
 	Existed      bool            `json:"existed,omitempty"` // the backup was there already, nothing was done
 	Warnings     []string        `json:"warnings,omitempty"`

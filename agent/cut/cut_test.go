@@ -91,7 +91,7 @@ func nodeIn(dir, program string) Node {
 		Freezer: func(ctx context.Context) (*freezer.Client, error) {
 			return freezer.Spawn(ctx, freezer.SpawnOptions{Program: program, Records: filepath.Join(dir, "records")})
 		},
-		SyncCommand: []string{"sync", "-f"},
+		SyncCommand: []string{program, "sync"},
 		Lock:        filepath.Join(dir, "cut.lock"),
 	}
 }

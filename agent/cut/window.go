@@ -68,8 +68,8 @@ func cutting(ctx context.Context, r Request, n Node, members []member, p Plan, c
 	}
 }
 
-// run is the window itself. From the first freeze to the last thaw it prints and logs nothing, opens no file and waits
-// for nothing without a deadline.
+// run is the window itself. From the first freeze to the last thaw it prints and logs nothing, opens no file but the
+// counters in sysfs, and waits for nothing without a deadline.
 func (w *window) run(ctx context.Context, r Request, n Node, members []member, p Plan, client *freezer.Client) error {
 	var readings []reading
 	begin := time.Now()
@@ -79,7 +79,7 @@ func (w *window) run(ctx context.Context, r Request, n Node, members []member, p
 	var lease *freezer.Lease
 	var err error
 	for _, step := range p.Steps {
-		if lease, err = grow(wctx, client, lease, step.Freeze, r.MaxFreeze); err != nil {
+		if lease, err = grow(wctx, client, lease, step, p); err != nil {
 			break
 		}
 		var before reading
@@ -166,19 +166,19 @@ func (w *window) settle(ctx context.Context) {
 	}
 }
 
-// grow freezes more filesystems under the lease, or makes the lease.
-func grow(ctx context.Context, client *freezer.Client, lease *freezer.Lease, list []Freezing, deadline time.Duration) (*freezer.Lease, error) {
-	if len(list) == 0 {
+// grow freezes a step's filesystems: under the lease, or with a lease over the whole plan whose first step it is.
+func grow(ctx context.Context, client *freezer.Client, lease *freezer.Lease, step Step, p Plan) (*freezer.Lease, error) {
+	if len(step.Freeze) == 0 {
 		return lease, nil
 	}
-	filesystems := make([]freezer.Filesystem, len(list))
-	for i, f := range list {
-		filesystems[i] = freezer.Filesystem{Mount: f.Filesystem, Device: freezer.Device(f.Device), Type: f.Type}
-	}
 	if lease != nil {
-		return lease, fault.Errorf(fault.Unsupported, "a cut in two steps")
+		return lease, lease.More(ctx, len(step.Freeze))
 	}
-	return client.Freeze(ctx, freezer.Request{Filesystems: filesystems, MaxFreeze: deadline})
+	var all []freezer.Filesystem
+	for _, f := range p.frozen() {
+		all = append(all, freezer.Filesystem{Mount: f.Filesystem, Device: freezer.Device(f.Device), Type: f.Type})
+	}
+	return client.Freeze(ctx, freezer.Request{Filesystems: all, First: len(step.Freeze), MaxFreeze: p.MaxFreeze})
 }
 
 // stage lets the backends do ahead what they can, for the volumes that nothing will write to while they are cut.

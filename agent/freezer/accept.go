@@ -38,33 +38,49 @@ func limits(r Request) error {
 		return errorf(Invalid, "", "%d filesystems are too many: at most %d", len(r.Filesystems), MaxFilesystems)
 	case r.MaxFreeze <= 0 || r.MaxFreeze > MaxFreeze:
 		return errorf(Invalid, "", "a deadline of %v: must be more than 0 and at most %v", r.MaxFreeze, MaxFreeze)
+	case r.First < 0 || r.First > len(r.Filesystems):
+		return errorf(Invalid, "", "the first %d of %d filesystems: there are not so many", r.First, len(r.Filesystems))
 	case r.Heartbeat < MinHeartbeat || r.Heartbeat > MaxFreeze:
 		return errorf(Invalid, "", "a heartbeat of %v: must be from %v to %v", r.Heartbeat, MinHeartbeat, MaxFreeze)
 	}
 	return nil
 }
 
-// accept judges what a request names, without touching any of its paths.
-func accept(r Request, s surroundings) error {
+// accept judges what a request names, without touching any of its paths. It returns what each is stored on.
+func accept(r Request, s surroundings) (below [][]Device, err error) {
 	for i, f := range r.Filesystems {
 		m, err := acceptOne(f, s)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		for _, earlier := range r.Filesystems[:i] {
 			if earlier.Device == f.Device {
-				return errorf(Invalid, f.Mount, "the same superblock (%v) as %s: name it once", f.Device, earlier.Mount)
+				return nil, errorf(Invalid, f.Mount, "the same superblock (%v) as %s: name it once", f.Device, earlier.Mount)
 			}
 		}
-		for _, below := range s.storedOn(f, m) {
+		below = append(below, s.storedOn(f, m))
+		for _, d := range below[i] {
 			for _, earlier := range r.Filesystems[:i] {
-				if earlier.Device == below {
-					return errorf(Invalid, f.Mount, "is stored on %s, which would be frozen before it: that would hang; put %s first", earlier.Mount, f.Mount)
+				if earlier.Device == d {
+					return nil, errorf(Invalid, f.Mount, "is stored on %s, which would be frozen before it: that would hang; put %s first", earlier.Mount, f.Mount)
 				}
 			}
 		}
 	}
-	return nil
+	return below, nil
+}
+
+// wave returns where the run of filesystems ends, from the given one up to limit, that can be frozen at once: none of
+// them is stored on another.
+func wave(filesystems []Filesystem, below [][]Device, from, limit int) int {
+	for n := from + 1; n < limit; n++ {
+		for i := from; i < n; i++ {
+			if slices.Contains(below[i], filesystems[n].Device) {
+				return n
+			}
+		}
+	}
+	return limit
 }
 
 func acceptOne(f Filesystem, s surroundings) (mount, error) {

@@ -37,12 +37,13 @@ type Client struct {
 
 // Lease is a freeze of several filesystems, kept alive by a goroutine that sends heartbeats until Thaw, loss or Close.
 type Lease struct {
-	c    *Client
-	lost chan struct{}
-	done chan struct{} // stops the heartbeats
-	over sync.Once     // of lost
-	calm sync.Once     // of done
-	err  error         // set before lost is closed
+	c       *Client
+	longest time.Duration
+	lost    chan struct{}
+	done    chan struct{} // stops the heartbeats
+	over    sync.Once     // of lost
+	calm    sync.Once     // of done
+	err     error         // set before lost is closed
 }
 
 // Connect connects to a freezer that serves the socket. Errors: Unavailable.
@@ -110,7 +111,7 @@ func (c *Client) Freeze(ctx context.Context, r Request) (*Lease, error) {
 	if heartbeat == 0 {
 		heartbeat = DefaultHeartbeat
 	}
-	l := &Lease{c: c, lost: make(chan struct{}), done: make(chan struct{})}
+	l := &Lease{c: c, longest: r.MaxFreeze, lost: make(chan struct{}), done: make(chan struct{})}
 	c.mu.Lock()
 	if c.lease != nil {
 		c.mu.Unlock()
@@ -122,13 +123,20 @@ func (c *Client) Freeze(ctx context.Context, r Request) (*Lease, error) {
 	}
 	c.mu.Unlock()
 
-	_, err := c.call(ctx, message{Verb: verbFreeze, Filesystems: r.Filesystems, MaxFreeze: r.MaxFreeze, Heartbeat: heartbeat}, r.MaxFreeze+answer)
+	_, err := c.call(ctx, message{Verb: verbFreeze, Filesystems: r.Filesystems, Count: r.First, MaxFreeze: r.MaxFreeze, Heartbeat: heartbeat}, r.MaxFreeze+answer)
 	if err != nil {
 		l.end(err)
 		c.release(l)
 		return nil, err
 	}
 	return l, nil
+}
+
+// More freezes the next count of the request's filesystems, 0 for all that are left, under the same deadline. On an error
+// the lease is over and everything is thawed; Thaw still reports. Cancelling ctx stops only the waiting: call Thaw then.
+func (l *Lease) More(ctx context.Context, count int) error {
+	_, err := l.c.call(ctx, message{Verb: verbMore, Count: count}, l.longest+answer)
+	return err
 }
 
 // Thaw thaws in reverse order and reports. With an error nothing is known of the lease, so what was copied under it

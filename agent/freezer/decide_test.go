@@ -221,7 +221,7 @@ func TestAccept(t *testing.T) {
 		{"unclean", []Filesystem{{"/pool/", 5, "xfs"}}, Invalid},
 		{"changed", []Filesystem{{"/pool", 7, "xfs"}}, Invalid},
 	} {
-		err := accept(Request{Filesystems: row.fs}, s)
+		_, err := accept(Request{Filesystems: row.fs}, s)
 		if row.want == nil && err != nil {
 			t.Errorf("%s: %v", row.name, err)
 		} else if row.want != nil {

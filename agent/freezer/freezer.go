@@ -72,8 +72,11 @@ type Filesystem struct {
 // Request asks for a lease.
 type Request struct {
 	// Filesystems in the order in which they are frozen: one that is stored on another (a loop device's) before that
-	// other. The reverse order would deadlock and is refused. A superblock may be named once.
+	// other. The reverse order would deadlock and is refused. Neighbours that are not stored on each other are frozen
+	// at the same time. A superblock may be named once.
 	Filesystems []Filesystem
+	// First is how many of them Freeze freezes; zero is all. The rest waits for Lease.More.
+	First int
 	// MaxFreeze is the absolute deadline, counted from the receipt of the request: 0 < MaxFreeze <= 60 s. All is
 	// thawed then, whatever anybody says. Nothing extends it.
 	MaxFreeze time.Duration

@@ -90,19 +90,24 @@ func (h *holder) freeze(g *grant, gone <-chan struct{}) error {
 	})
 	err = h.await(g, ready, gone)
 	if err == nil {
-		err = h.freezeAll(g, gone)
+		err = h.freezeNext(g, g.request.First, gone)
 	}
 	if err != nil {
 		h.end(g, err.Error(), false)
 	}
 	h.group.Go(func() { h.retire(g) }) // whatever happens, the watch settles the entries, and this waits for it
 	if err != nil {
-		late := time.After(time.Second)
-		select {
-		case <-g.retired:
-		case <-g.hanging: // nobody waits for the end of its FIFREEZE
-		case <-late:
-		}
+		g.awaitRetired()
+	}
+	return err
+}
+
+// more freezes more of what the lease was given for. When it fails the lease is over, as with freeze.
+func (h *holder) more(g *grant, count int, gone <-chan struct{}) error {
+	err := h.freezeNext(g, count, gone)
+	if err != nil {
+		h.end(g, err.Error(), false)
+		g.awaitRetired()
 	}
 	return err
 }
@@ -137,7 +142,7 @@ func (h *holder) prepare(g *grant) error {
 	s := surroundings{mounts: mounts, protected: protect(mounts, h.paths, h.own), storedOn: func(f Filesystem, m mount) []Device {
 		return storedOn(mounts, f.Device, m.Source)
 	}}
-	if err := accept(g.request, s); err != nil {
+	if g.below, err = accept(g.request, s); err != nil {
 		return err
 	}
 	if err := h.rested(g.request.Filesystems); err != nil {
@@ -222,27 +227,62 @@ func (h *holder) arm(g *grant) error {
 	return nil
 }
 
-// freezeAll freezes in order, each on a thread of its own, for as long as the lease lasts.
-func (h *holder) freezeAll(g *grant, gone <-chan struct{}) error {
-	for n, i := range g.entries {
-		e, fd := h.ledger.entry(i), g.fds[n]
-		g.mu.Lock()
-		over := g.isOver()
-		if !over {
-			e.State.Store(uint32(freezing)) // the intent
+// freezeNext freezes the next count filesystems, 0 for all that are left, wave after wave, each on a thread of its own,
+// for as long as the lease lasts.
+func (h *holder) freezeNext(g *grant, count int, gone <-chan struct{}) error {
+	from, to, err := g.advance(count)
+	if err != nil {
+		return err
+	}
+	defer g.pause()
+	for from < to {
+		end := wave(g.request.Filesystems, g.below, from, to)
+		if err := h.freezeWave(g, from, end, gone); err != nil {
+			return err
 		}
-		g.mu.Unlock()
-		if over {
-			return errorf(Lost, "", "%s", g.reason())
+		from = end
+	}
+	return nil
+}
+
+func (h *holder) freezeWave(g *grant, from, to int, gone <-chan struct{}) error {
+	g.mu.Lock()
+	over := g.isOver()
+	if !over {
+		for n := from; n < to; n++ {
+			h.ledger.entry(g.entries[n]).State.Store(uint32(freezing)) // the intent
 		}
-		done := make(chan error, 1)
+	}
+	g.mu.Unlock()
+	if over {
+		return errorf(Lost, "", "%s", g.reason())
+	}
+	done := make(chan error, to-from)
+	for n := from; n < to; n++ {
+		e, fd, f := h.ledger.entry(g.entries[n]), g.fds[n], g.request.Filesystems[n]
 		h.threads.run(func() {
-			done <- freeze(e, fd)
+			err := freeze(e, fd)
+			if errno, ok := errors.AsType[unix.Errno](err); ok {
+				err = freezeError(f, errno)
+			}
+			done <- err
 			h.notify()
 		})
-		if err := h.await(g, done, gone); err != nil {
-			if errno, ok := errors.AsType[unix.Errno](err); ok {
-				return freezeError(g.request.Filesystems[n], errno)
+	}
+	for n := from; n < to; n++ {
+		err := h.await(g, done, gone)
+		if errors.Is(err, Lost) {
+			return err // nobody waits for what hangs
+		}
+		if err != nil {
+			h.end(g, err.Error(), false)
+			late := time.After(time.Second)
+			for others := to - n - 1; others > 0; others-- { // they thaw themselves as they land
+				select {
+				case <-done:
+				case <-late:
+					others = 0
+				}
 			}
 			return err
 		}

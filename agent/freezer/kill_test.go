@@ -481,9 +481,12 @@ func TestHolderKilledBetweenTwoHangingCalls(t *testing.T) {
 			gate, below := r.stranger(pool), r.stranger(base) // lowest last, so that a cleanup thaws it first
 			guard := r.guard()
 			q := r.request(2*time.Second, upper, between, lower)
+			q.First = 1
+			l := r.freeze(r.connect(), q) // the upper one is frozen
 			gate.freeze()
-			out := behind(t.Context(), r.connect(), q)
-			r.inside(q.Filesystems[1]) // the upper one is frozen
+			out := make(chan error, 1)
+			go func() { out <- l.More(t.Context(), 0) }()
+			r.inside(q.Filesystems[1])
 			dirty(t, lower)
 			below.freeze()
 			gate.thaw()

@@ -17,8 +17,11 @@ type grant struct {
 	mu      sync.Mutex
 	entries []int // indexes in the ledger, ascending in the order of freezing
 	fds     []int
-	armed   bool  // the guard has its descriptors too
-	until   int64 // the earlier of deadline and last beat + heartbeat
+	below   [][]Device // what each filesystem is stored on
+	next    int        // the first that FIFREEZE was not called on yet
+	busy    bool       // it is being called on some
+	armed   bool       // the guard has its descriptors too
+	until   int64      // the earlier of deadline and last beat + heartbeat
 	endedAt int64
 	asked   bool   // it was ended by its Thaw, in time
 	why     string // why it ended
@@ -121,6 +124,40 @@ func (g *grant) fill(l *ledger, n int, m mount) {
 	e.Until.Store(g.until)
 }
 
+// advance takes the next count filesystems, 0 for all that are left: [from, to).
+func (g *grant) advance(count int) (from, to int, err error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	left := len(g.entries) - g.next
+	switch {
+	case g.busy:
+		return 0, 0, errorf(Invalid, "", "the lease's filesystems are being frozen already")
+	case count < 0 || count > left:
+		return 0, 0, errorf(Invalid, "", "%d more filesystems: the lease has %d left", count, left)
+	case count == 0:
+		count = left
+	}
+	from, to = g.next, g.next+count
+	g.next, g.busy = to, true
+	return from, to, nil
+}
+
+func (g *grant) pause() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.busy = false
+}
+
+// awaitRetired waits until all of a lease that failed is thawed, but not for a FIFREEZE that hangs.
+func (g *grant) awaitRetired() {
+	late := time.After(time.Second)
+	select {
+	case <-g.retired:
+	case <-g.hanging:
+	case <-late:
+	}
+}
+
 // finalReport is the report of a retired lease, or what can be said of one whose thaw hangs.
 func (g *grant) finalReport(l *ledger) Report {
 	g.mu.Lock()
@@ -149,6 +186,8 @@ func (g *grant) makeReport(l *ledger) Report {
 		switch s := e.state(); {
 		case s == gone:
 			r.Why = "it was found not frozen: somebody else had thawed it"
+		case s == idle:
+			r.Why = "it was not frozen yet"
 		case s != thawed && s != unfrozen:
 			r.Why = fmt.Sprintf("its thaw has not come back yet (%v)", s)
 		case s == thawed && g.asked && e.ClaimedAt.Load() >= g.endedAt:

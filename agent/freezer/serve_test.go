@@ -68,6 +68,52 @@ func TestLoopStackOnlyInTheRightOrder(t *testing.T) {
 	t.Logf("upper frozen for %v, lower for %v", rep[0].Duration, rep[1].Duration)
 }
 
+// A lease may freeze in steps: between them, what is to be frozen later can still be written to (a clone in a pool).
+func TestFreezeInSteps(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	pool, upper := r.stack()
+	c := r.connect()
+	q := r.request(5*time.Second, upper, pool)
+	q.First = 1
+	l := r.freeze(c, q)
+	above, below := r.stranger(upper), r.stranger(pool)
+	if !above.frozen() || below.frozen() {
+		t.Error("after the first step the upper filesystem must be frozen, and only that")
+	}
+	wantReason(t, l.More(t.Context(), 2), Invalid) // there is only one left; asking for too much ends the lease
+	if rep, err := l.Thaw(t.Context()); err != nil || rep.Held() {
+		t.Errorf("a lease that failed: %v, %v", rep, err)
+	}
+	r.rested()
+	l = r.freeze(c, q)
+	if err := l.More(t.Context(), 0); err != nil {
+		t.Fatal(err)
+	}
+	if !above.frozen() || !below.frozen() {
+		t.Error("after the second step both must be frozen")
+	}
+	if rep, err := l.Thaw(t.Context()); err != nil || !rep.Held() {
+		t.Errorf("%v, %v", rep, err)
+	}
+	r.rested()
+	l = r.freeze(c, q) // thawed before the second step
+	rep, err := l.Thaw(t.Context())
+	if err != nil || !rep[0].Held || rep[1].Held || rep[1].Duration != 0 {
+		t.Errorf("%v, %v", rep, err)
+	}
+}
+
+func TestWave(t *testing.T) {
+	fs := []Filesystem{{Device: 1}, {Device: 2}, {Device: 3}, {Device: 4}}
+	below := [][]Device{{3}, {9}, {4}, nil} // the first stands on the third, the third on the fourth
+	for _, row := range []struct{ from, limit, want int }{{0, 4, 2}, {2, 4, 3}, {3, 4, 4}, {0, 1, 1}, {1, 3, 3}} {
+		if got := wave(fs, below, row.from, row.limit); got != row.want {
+			t.Errorf("wave(%d, %d) = %d, want %d", row.from, row.limit, got, row.want)
+		}
+	}
+}
+
 // WALinuxAgent#525: one superblock under two mount points is one superblock.
 func TestSameFilesystemUnderTwoMounts(t *testing.T) {
 	t.Parallel()

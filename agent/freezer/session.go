@@ -34,9 +34,11 @@ func (s *session) read() {
 				s.answer(message{ID: m.ID, Error: errorf(Invalid, "", "this connection has a lease already: thaw it first")})
 				continue
 			}
-			g := newGrant(Request{m.Filesystems, m.MaxFreeze, m.Heartbeat}, received)
+			g := newGrant(Request{Filesystems: m.Filesystems, First: m.Count, MaxFreeze: m.MaxFreeze, Heartbeat: m.Heartbeat}, received)
 			s.grant.Store(g)
 			s.running.Go(func() { s.freeze(g, m) })
+		case verbMore:
+			s.running.Go(func() { s.more(m) })
 		case verbThaw:
 			s.thaw(m.ID)
 		case verbStatus:
@@ -63,6 +65,20 @@ func (s *session) freeze(g *grant, m message) {
 		return
 	}
 	g.mu.Unlock()
+}
+
+// more freezes more of the lease's filesystems.
+func (s *session) more(m message) {
+	g := s.grant.Load()
+	if g == nil {
+		s.answer(message{ID: m.ID, Error: errorf(Invalid, "", "this connection has no lease")})
+		return
+	}
+	if err := s.h.more(g, m.Count, s.gone); err != nil {
+		s.answer(message{ID: m.ID, Error: asError(err)})
+		return
+	}
+	s.answer(message{ID: m.ID})
 }
 
 // thaw ends the lease and answers with its report. Without an id nobody waits: a freeze under way is cancelled, and

@@ -24,6 +24,7 @@ type verb string
 const (
 	verbHello  verb = "hello"
 	verbFreeze verb = "freeze"
+	verbMore   verb = "more"
 	verbBeat   verb = "beat"
 	verbThaw   verb = "thaw"
 	verbStatus verb = "status"
@@ -38,10 +39,11 @@ type message struct {
 	Protocol int    `json:"protocol,omitempty"`
 	Version  string `json:"version,omitempty"`
 
-	// freeze
+	// freeze; Count also of more
 	Filesystems []Filesystem  `json:"filesystems,omitempty"`
 	MaxFreeze   time.Duration `json:"max_freeze,omitempty"`
 	Heartbeat   time.Duration `json:"heartbeat,omitempty"`
+	Count       int           `json:"count,omitempty"` // how many of the filesystems to freeze now, 0 for all that are left
 
 	// replies
 	Error  *Error  `json:"error,omitempty"`

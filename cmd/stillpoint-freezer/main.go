@@ -3,6 +3,7 @@
 //
 //	stillpoint-freezer serve --socket PATH [--records DIR] [--refuse PATH]...
 //	stillpoint-freezer sweep [--records DIR] [--wait DURATION]
+//	stillpoint-freezer sync MOUNTPOINT
 //	stillpoint-freezer version
 //
 // Exit codes: 0 success; 1 failure, with the reason on standard error; 2 a wrong command line; sweep: 3 when
@@ -27,6 +28,7 @@ import (
 const usage = `usage:
   stillpoint-freezer serve --socket PATH [--records DIR] [--refuse PATH]...
   stillpoint-freezer sweep [--records DIR] [--wait DURATION]
+  stillpoint-freezer sync MOUNTPOINT
   stillpoint-freezer version
 `
 
@@ -44,6 +46,8 @@ func main() {
 		}
 	case "sweep":
 		sweep(args)
+	case "sync":
+		flush(args)
 	case "version":
 		fmt.Println("stillpoint-freezer", version())
 	case "help", "-h", "--help":
@@ -110,6 +114,21 @@ func sweep(args []string) {
 			os.Exit(3)
 		}
 		time.Sleep(50 * time.Millisecond)
+	}
+}
+
+// flush writes the dirty pages of one filesystem out, never of all (sync(2) would wait for every mount of the machine).
+// It can hang in the kernel beyond the reach of any signal: whoever runs it must be ready to leave it behind.
+func flush(args []string) {
+	if len(args) != 1 {
+		fail(2, errors.New("sync: give one mount point"))
+	}
+	fd, err := unix.Open(args[0], unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		fail(1, fmt.Errorf("sync %s: %w", args[0], err))
+	}
+	if err := unix.Syncfs(fd); err != nil {
+		fail(1, fmt.Errorf("sync %s: %w", args[0], err))
 	}
 }
 

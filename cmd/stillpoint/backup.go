@@ -182,14 +182,6 @@ func (a *app) backupsCommand() *cobra.Command {
 	return a.jsonFlag(c)
 }
 
-// backupLine is a backup as `backups --json` prints it.
-type backupLine struct {
-	Handle   string `json:"backup"`
-	Volume   string `json:"volume"`
-	Snapshot string `json:"snapshot"`
-	repository.Backup
-}
-
 func (a *app) listBackups(ctx context.Context, remote string, args []string) error {
 	var filter repository.Filter
 	if len(args) == 1 {
@@ -215,7 +207,7 @@ func (a *app) listBackups(ctx context.Context, remote string, args []string) err
 	}
 	if a.json {
 		for _, b := range found {
-			if err := a.printJSON(backupLine{b.Handle.String(), b.Volume.String(), b.Snapshot.String(), b}); err != nil {
+			if err := a.printJSON(b); err != nil {
 				return err
 			}
 		}

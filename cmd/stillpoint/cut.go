@@ -58,7 +58,11 @@ was made is returned as it is, one that died half-way is removed and made anew.`
 				return err
 			}
 			if dryRun {
-				plan, err := cut.DryRun(c.Context(), flags.request(name, volumes), node())
+				n, err := node()
+				if err != nil {
+					return err
+				}
+				plan, err := cut.DryRun(c.Context(), flags.request(name, volumes), n)
 				if err != nil {
 					return err
 				}
@@ -93,7 +97,11 @@ func (a *app) cut(ctx context.Context, r cut.Request) (cut.Result, error) {
 	if err := os.MkdirAll(runFolder(), 0o700); err != nil {
 		return cut.Result{}, fault.Errorf(fault.Invalid, "the folder for run-time state: %w; a cut needs root", err)
 	}
-	return cut.Make(ctx, r, node())
+	n, err := node()
+	if err != nil {
+		return cut.Result{}, err
+	}
+	return cut.Make(ctx, r, n)
 }
 
 func (a *app) printCut(res cut.Result) {
@@ -176,7 +184,11 @@ func (a *app) mounted(ctx context.Context) ([]cut.Volume, error) {
 }
 
 // node is this machine.
-func node() cut.Node {
+func node() (cut.Node, error) {
+	program, err := freezerBinary()
+	if err != nil {
+		return cut.Node{}, err
+	}
 	records := filepath.Join(runFolder(), "freezer")
 	refuse := append([]string{runFolder()}, never...)
 	if exe, err := os.Executable(); err == nil {
@@ -184,12 +196,12 @@ func node() cut.Node {
 	}
 	return cut.Node{
 		Freezer: func(ctx context.Context) (*freezer.Client, error) {
-			return freezer.Spawn(ctx, freezer.SpawnOptions{Records: records, Refuse: refuse})
+			return freezer.Spawn(ctx, freezer.SpawnOptions{Program: program, Records: records, Refuse: refuse})
 		},
-		SyncCommand: []string{"sync", "-f"},
+		SyncCommand: []string{program, "sync"},
 		Lock:        filepath.Join(runFolder(), "cut.lock"),
 		Refuse:      refuse,
-	}
+	}, nil
 }
 
 func runFolder() string {
@@ -203,7 +215,8 @@ func runFolder() string {
 func freezerBinary() (string, error) {
 	const name = "stillpoint-freezer"
 	if exe, err := os.Executable(); err == nil {
-		if beside := filepath.Join(filepath.Dir(exe), name); exec.Command(beside).Err == nil {
+		beside := filepath.Join(filepath.Dir(exe), name)
+		if _, err := os.Stat(beside); err == nil {
 			return beside, nil
 		}
 	}

@@ -8,7 +8,6 @@ import (
 	"strconv"
 	"strings"
 	"text/tabwriter"
-	"time"
 
 	"stillpoint.io/stillpoint/cbt"
 )
@@ -56,8 +55,6 @@ func (b bytesize) String() string {
 	}
 	return fmt.Sprintf("%.1f %ciB", v, units[u])
 }
-
-func milliseconds(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
 
 // extentPrinter prints extents, a hundred thousand of them at a reasonable speed: JSON lines or a table.
 type extentPrinter struct {

@@ -146,7 +146,7 @@ func (d *demo) build(ctx context.Context) (err error) {
 		d.say("  %s on %s at %s", v.File, v.Device, v.Mount)
 	}
 	passphrase := filepath.Join(d.lab.Dir, "passphrase")
-	d.env = append(os.Environ(), "STILLPOINT_REMOTE="+filepath.Join(d.lab.Dir, "remote"), "STILLPOINT_PASSPHRASE_FILE="+passphrase)
+	d.env = append(os.Environ(), "STILLPOINT_RUN="+filepath.Join(d.lab.Dir, "run"), "STILLPOINT_REMOTE="+filepath.Join(d.lab.Dir, "remote"), "STILLPOINT_PASSPHRASE_FILE="+passphrase)
 	return os.WriteFile(passphrase, []byte("only for this demo\n"), 0o600)
 }
 
