@@ -176,7 +176,7 @@ func (b *bench) measure(ctx context.Context, t tool, image string) (m measured, 
 // tools lists the peers. kopia's command is built from the very module that we use.
 func (b *bench) tools(ctx context.Context, image string) ([]tool, error) {
 	kopia := filepath.Join(b.lab.Dir, "kopia-command")
-	if out, err := exec.CommandContext(ctx, "go", "build", "-o", kopia, "github.com/kopia/kopia").CombinedOutput(); err != nil {
+	if out, err := exec.CommandContext(ctx, "go", "build", "-C", filepath.Join("integration", "kopia"), "-o", kopia, "github.com/kopia/kopia").CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("building kopia: %w: %s", err, out)
 	}
 	at := func(name string) string { return filepath.Join(b.lab.Dir, name) }

@@ -26,7 +26,7 @@ func newKopia(t *testing.T, at repository.Location) *kopia {
 	k := &kopia{t: t, binary: filepath.Join(dir, "kopia"), env: append(os.Environ(),
 		"KOPIA_CONFIG_PATH="+filepath.Join(dir, "config"), "KOPIA_PASSWORD="+passphrase.Reveal(), "KOPIA_CHECK_FOR_UPDATES=false",
 		"KOPIA_CACHE_DIRECTORY="+filepath.Join(dir, "cache"), "KOPIA_LOG_DIR="+filepath.Join(dir, "log"))}
-	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", k.binary, "github.com/kopia/kopia").CombinedOutput(); err != nil {
+	if out, err := exec.CommandContext(t.Context(), "go", "build", "-C", filepath.Join("..", "..", "integration", "kopia"), "-o", k.binary, "github.com/kopia/kopia").CombinedOutput(); err != nil {
 		t.Fatalf("building kopia: %v\n%s", err, out)
 	}
 	k.run("repository", "connect", "filesystem", "--path", at.Path, "--override-username=stillpoint", "--override-hostname=test")

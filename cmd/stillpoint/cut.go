@@ -58,11 +58,7 @@ was made is returned as it is, one that died half-way is removed and made anew.`
 				return err
 			}
 			if dryRun {
-				n, err := node()
-				if err != nil {
-					return err
-				}
-				plan, err := cut.DryRun(c.Context(), flags.request(name, volumes), n)
+				plan, err := cut.DryRun(c.Context(), flags.request(name, volumes), node())
 				if err != nil {
 					return err
 				}
@@ -97,11 +93,7 @@ func (a *app) cut(ctx context.Context, r cut.Request) (cut.Result, error) {
 	if err := os.MkdirAll(runFolder(), 0o700); err != nil {
 		return cut.Result{}, fault.Errorf(fault.Invalid, "the folder for run-time state: %w; a cut needs root", err)
 	}
-	n, err := node()
-	if err != nil {
-		return cut.Result{}, err
-	}
-	return cut.Make(ctx, r, n)
+	return cut.Make(ctx, r, node())
 }
 
 func (a *app) printCut(res cut.Result) {
@@ -183,12 +175,9 @@ func (a *app) mounted(ctx context.Context) ([]cut.Volume, error) {
 	return found, nil
 }
 
-// node is this machine.
-func node() (cut.Node, error) {
-	program, err := freezerBinary()
-	if err != nil {
-		return cut.Node{}, err
-	}
+// node is this machine. A missing freezer is an error only of what needs it.
+func node() cut.Node {
+	program, missing := freezerBinary()
 	records := filepath.Join(runFolder(), "freezer")
 	refuse := append([]string{runFolder()}, never...)
 	if exe, err := os.Executable(); err == nil {
@@ -196,12 +185,15 @@ func node() (cut.Node, error) {
 	}
 	return cut.Node{
 		Freezer: func(ctx context.Context) (*freezer.Client, error) {
+			if missing != nil {
+				return nil, missing
+			}
 			return freezer.Spawn(ctx, freezer.SpawnOptions{Program: program, Records: records, Refuse: refuse})
 		},
 		SyncCommand: []string{program, "sync"},
 		Lock:        filepath.Join(runFolder(), "cut.lock"),
 		Refuse:      refuse,
-	}, nil
+	}
 }
 
 func runFolder() string {
