@@ -1,6 +1,6 @@
 # make           builds bin/stillpoint and bin/stillpoint-freezer
 # make demo      the main job on real filesystems, start to end (root)
-# make check     format, vet, lint and unit tests: minutes, no root
+# make check     format, vet, lint and unit tests: no root
 # make test      every test, on real filesystems and with the race detector (root)
 # make bench     the numbers of the README, against restic, borg and kopia (root)
 # Each installs the Debian packages it needs, and says so. Go 1.26 must be there.
@@ -8,7 +8,8 @@
 SHELL := /bin/bash
 export PATH := $(PATH):/usr/sbin:/sbin:/usr/local/go/bin
 
-FILESYSTEMS := gcc=gcc mkfs.xfs=xfsprogs mkfs.btrfs=btrfs-progs mkfs.ext4=e2fsprogs losetup=mount fusermount3=fuse3
+COMPILER    := gcc=gcc /usr/include/stdlib.h=libc6-dev
+FILESYSTEMS := mkfs.xfs=xfsprogs mkfs.btrfs=btrfs-progs mkfs.ext4=e2fsprogs mkfs.f2fs=f2fs-tools mount=mount cmp=diffutils
 PEERS       := restic=restic borg=borgbackup
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 VERSION     := $(shell git describe --always --dirty 2>/dev/null || echo development)
@@ -29,8 +30,8 @@ check: lint
 	go test -short ./...
 
 lint:
-	@./packages.sh gcc=gcc
-	@unformatted=$$(git ls-files '*.go' | xargs gofmt -l); [ -z "$$unformatted" ] || { echo "gofmt differs in: $$unformatted"; exit 1; }
+	@./packages.sh $(COMPILER)
+	@unformatted=$$(gofmt -l .); [ -z "$$unformatted" ] || { echo "gofmt differs in: $$unformatted"; exit 1; }
 	go vet ./...
 	go run $(STATICCHECK) ./...
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs the Debian packages that are missing, and says which. Arguments are COMMAND=PACKAGE pairs: a package is
-# missing when its command is. Go itself is checked, not installed: Debian 12 does not package Go 1.26.
+# Installs the Debian packages that are missing, and says which. Arguments are COMMAND=PACKAGE or /FILE=PACKAGE pairs: a
+# package is missing when its command or file is. Go itself is checked, not installed: Debian 12 does not package Go 1.26.
 set -euo pipefail
 export PATH="$PATH:/usr/sbin:/sbin:/usr/local/go/bin"
 
@@ -17,7 +17,12 @@ fi
 
 missing=()
 for pair in "$@"; do
-  command -v "${pair%%=*}" >/dev/null || missing+=("${pair#*=}")
+  what=${pair%%=*}
+  if [ "${what#/}" = "$what" ]; then
+    command -v "$what" >/dev/null || missing+=("${pair#*=}")
+  else
+    [ -e "$what" ] || missing+=("${pair#*=}")
+  fi
 done
 [ ${#missing[@]} -eq 0 ] && exit 0
 if [ "$(id -u)" -ne 0 ]; then

@@ -215,7 +215,7 @@ func inTime(r Request, forecasts []forecast) error {
 
 // publish marks the snapshots verified. The first one carries the proof for all: see adopt.
 func publish(ctx context.Context, r Request, members []member, p Plan, w *window) (Result, error) {
-	res := Result{Name: r.Name, Frozen: w.frozen, Unverified: w.unverified}
+	res := Result{Name: r.Name, Frozen: append([]FrozenFilesystem{}, w.frozen...), Unverified: w.unverified}
 	instant := instantOf(w.snapshots)
 	for i, m := range members {
 		notes := adapters.Notes{Cut: r.Name, Instant: instant, Consistency: p.Members[i].Consistency, Unverified: w.unverified}

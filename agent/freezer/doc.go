@@ -13,6 +13,14 @@
 //   - Ledger: memory that both share, as a file on a tmpfs. It says what each filesystem's freeze is at; whoever wants
 //     to thaw first takes that on himself there, by compare-and-swap. What both leave behind is found in it by a sweep.
 //
+// # Life of a lease
+//
+// Everything that a request names is judged, opened and handed to the guard before the first FIFREEZE. Then the
+// filesystems are frozen: those that are not stored on each other at the same time, each on a thread of its own, and
+// what is stored on another before that other. A lease may stop in between (Request.First) and go on (Lease.More), so
+// that something can be written to a lower filesystem while an upper one is frozen already: a clone into a pool whose
+// own device is snapshotted next. The thaw goes in reverse order, one after the other.
+//
 // # Life of one freeze
 //
 //	            FIFREEZE failed

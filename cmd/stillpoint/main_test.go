@@ -313,6 +313,49 @@ func TestTheWholeStory(t *testing.T) {
 	}
 }
 
+// --all is every volume of the configured backends that is mounted: not one that is only attached, nor a stranger's.
+func TestAllMountedVolumes(t *testing.T) {
+	l := lab.Test(t)
+	programs(t)
+	environment(t, l.Dir)
+	pool, err := l.Pool(t.Context(), "pool", "btrfs", 2<<30)
+	if err != nil {
+		t.Fatal(err)
+	}
+	config := filepath.Join(l.Dir, "config.yaml")
+	text := fmt.Sprintf("backends:\n  mine: {adapter: reflink, parameters: {pools: %s}}\n", pool.Mount)
+	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	refuses(t, 3, []string{"mounted on this node"}, "--config", config, "cut", "--name", "x", "--all")
+	for _, name := range []string{"a", "b"} {
+		if _, err := l.Volume(t.Context(), pool.Mount, name, "ext4", 64<<20); err != nil {
+			t.Fatal(err)
+		}
+	}
+	raw := filepath.Join(pool.Mount, "raw.img")
+	if err := lab.Sparse(raw, 16<<20); err != nil {
+		t.Fatal(err)
+	}
+	_, f, err := lab.Loop(raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	must(t, "remote", "init")
+	all := decode[backupJSON](t, must(t, "--config", config, "backup", "--json", "--all"))
+	if len(all) != 2 {
+		t.Errorf("backup --all made %+v", all)
+	}
+	refuses(t, 5, []string{"raw.img", "not mounted", "--allow-crash-consistent"}, "--config", config, "cut", "--name", "raw", "mine:"+raw)
+	if text := must(t, "--config", config, "cut", "--name", "raw", "--allow-crash-consistent", "mine:"+raw); !strings.Contains(text, "(crash-consistent)") {
+		t.Errorf("cut --allow-crash-consistent: %s", text)
+	}
+	if text := must(t, "--config", config, "snapshots", "mine:"); !strings.Contains(text, "crash") || !strings.Contains(text, "filesystem") {
+		t.Errorf("snapshots: %s", text)
+	}
+}
+
 // The passphrase appears in no output, no error and no process title.
 func TestSecretsStaySecret(t *testing.T) {
 	dir := t.TempDir()
