@@ -178,7 +178,6 @@ func (a *app) mounted(ctx context.Context) ([]cut.Volume, error) {
 // node is this machine. A missing freezer is an error only of what needs it.
 func node() cut.Node {
 	program, missing := freezerBinary()
-	records := filepath.Join(runFolder(), "freezer")
 	refuse := append([]string{runFolder()}, never...)
 	if exe, err := os.Executable(); err == nil {
 		refuse = append(refuse, exe)
@@ -188,13 +187,16 @@ func node() cut.Node {
 			if missing != nil {
 				return nil, missing
 			}
-			return freezer.Spawn(ctx, freezer.SpawnOptions{Program: program, Records: records, Refuse: refuse})
+			return freezer.Spawn(ctx, freezer.SpawnOptions{Program: program, Records: records(), Refuse: refuse})
 		},
 		SyncCommand: []string{program, "sync"},
 		Lock:        filepath.Join(runFolder(), "cut.lock"),
 		Refuse:      refuse,
 	}
 }
+
+// records is where freezers write down what they freeze, for whoever sweeps up after them.
+func records() string { return filepath.Join(runFolder(), "freezer") }
 
 func runFolder() string {
 	if dir := os.Getenv(envRun); dir != "" {

@@ -23,7 +23,7 @@ left frozen.`,
 			if socket == "" {
 				return fault.Errorf(fault.Invalid, "give the freezer a socket with --socket, in a folder that only root may enter, or say `stillpoint freezer sweep`")
 			}
-			return become("serve", "--socket", socket)
+			return become("serve", "--socket", socket, "--records", records())
 		},
 	}
 	c.Flags().StringVar(&socket, "socket", "", "the unix socket to serve")
@@ -31,7 +31,7 @@ left frozen.`,
 		Use:   "sweep",
 		Short: "Thaw what killed freezers left frozen",
 		Args:  arguments(0, 0, "no arguments"),
-		RunE:  func(*cobra.Command, []string) error { return become("sweep") },
+		RunE:  func(*cobra.Command, []string) error { return become("sweep", "--records", records()) },
 	})
 	return c
 }

@@ -18,6 +18,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"stillpoint.io/stillpoint/agent/freezer"
 	"stillpoint.io/stillpoint/integration/lab"
 )
 
@@ -386,6 +387,74 @@ func TestSecretsStaySecret(t *testing.T) {
 	})
 	if err != nil {
 		t.Error(err)
+	}
+}
+
+// The freezer as a service, and what is swept after it.
+func TestFreezerAsAService(t *testing.T) {
+	l := lab.Test(t)
+	bin := programs(t)
+	environment(t, l.Dir)
+	socket := filepath.Join(l.Dir, "freezer", "socket")
+	if err := os.Mkdir(filepath.Dir(socket), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	c := exec.Command(filepath.Join(bin, "stillpoint"), "freezer", "--socket", socket)
+	var words bytes.Buffer
+	c.Stderr = &words
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	var client *freezer.Client
+	for begin := time.Now(); client == nil && time.Since(begin) < 20*time.Second; time.Sleep(10 * time.Millisecond) {
+		client, _ = freezer.Connect(t.Context(), socket)
+	}
+	if client == nil {
+		t.Errorf("nobody serves %s: %s", socket, words.String())
+	} else if _, err := client.Status(t.Context()); err != nil {
+		t.Error(err)
+	}
+	c.Process.Signal(syscall.SIGTERM)
+	if err := c.Wait(); err != nil {
+		t.Errorf("told to stop, it ended with %v: %s", err, words.String())
+	}
+	if out, err := exec.Command(filepath.Join(bin, "stillpoint"), "freezer", "sweep").CombinedOutput(); err != nil || len(out) != 0 {
+		t.Errorf("a sweep with nothing to do: %v: %s", err, out)
+	}
+}
+
+// Without the rights that it needs, a command says so and changes nothing.
+func TestWithoutRights(t *testing.T) {
+	l := lab.Test(t)
+	bin := programs(t)
+	environment(t, l.Dir)
+	pool, err := l.Pool(t.Context(), "pool", "xfs", 2<<30)
+	if err != nil {
+		t.Fatal(err)
+	}
+	v, err := l.Volume(t.Context(), pool.Mount, "v", "ext4", 64<<20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for dir := bin; dir != "/"; dir = filepath.Dir(dir) { // others may enter, so that the program itself starts
+		if info, err := os.Stat(dir); err == nil && info.Mode().Perm()&1 == 0 {
+			if err := os.Chmod(dir, info.Mode().Perm()|0o11); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for _, args := range [][]string{
+		{"cut", "--name", "x", "reflink:" + v.File},
+		{"remote", "init"},
+		{"--config", filepath.Join(l.Dir, "passphrase"), "snapshots"},
+	} {
+		c := exec.Command(filepath.Join(bin, "stillpoint"), args...)
+		c.Dir = "/"
+		c.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+		out, err := c.CombinedOutput()
+		if err == nil || !regexp.MustCompile(`permission denied|not permitted|needs root`).Match(out) {
+			t.Errorf("stillpoint %v as nobody: %v: %s", args, err, out)
+		}
 	}
 }
 
