@@ -96,13 +96,18 @@ func (l *Lab) Close() error {
 	return err
 }
 
-// Pool makes a filesystem of size bytes in a sparse file: "xfs" (with reflink), "btrfs", "ext4", …
+// Pool makes a filesystem of size bytes in a sparse file: "xfs" (with reflink), "btrfs", "ext4", … It stands for one on
+// a disk: its loop device bypasses the page cache of the filesystem below, where that is possible.
 func (l *Lab) Pool(ctx context.Context, name, fstype string, size int64) (*Filesystem, error) {
-	return l.Volume(ctx, l.Dir, name, fstype, size)
+	return l.make(ctx, l.Dir, name, fstype, size, unix.LO_FLAGS_DIRECT_IO)
 }
 
 // Volume makes a filesystem of size bytes in a sparse file in a folder (usually a pool's mount point).
 func (l *Lab) Volume(ctx context.Context, folder, name, fstype string, size int64) (*Filesystem, error) {
+	return l.make(ctx, folder, name, fstype, size, 0)
+}
+
+func (l *Lab) make(ctx context.Context, folder, name, fstype string, size int64, flags uint32) (*Filesystem, error) {
 	fs := &Filesystem{File: filepath.Join(folder, name+".img"), Mount: filepath.Join(l.Dir, "mnt-"+name), Type: fstype}
 	if err := Sparse(fs.File, size); err != nil {
 		return nil, err
@@ -110,12 +115,14 @@ func (l *Lab) Volume(ctx context.Context, folder, name, fstype string, size int6
 	if err := Mkfs(ctx, fstype, fs.File); err != nil {
 		return nil, err
 	}
-	return fs, fs.Up()
+	return fs, fs.up(flags)
 }
 
 // Up attaches the file to a loop device and mounts it.
-func (fs *Filesystem) Up() error {
-	device, f, err := Loop(fs.File)
+func (fs *Filesystem) Up() error { return fs.up(0) }
+
+func (fs *Filesystem) up(flags uint32) error {
+	device, f, err := attach(fs.File, flags)
 	if err != nil {
 		return err
 	}
@@ -159,7 +166,9 @@ func Sparse(path string, size int64) error {
 
 // Loop attaches a file to a free loop device, which detaches by itself when the returned descriptor and every other
 // user of it is gone.
-func Loop(path string) (string, *os.File, error) {
+func Loop(path string) (string, *os.File, error) { return attach(path, 0) }
+
+func attach(path string, flags uint32) (string, *os.File, error) {
 	backing, err := os.OpenFile(path, os.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return "", nil, err
@@ -181,7 +190,7 @@ func Loop(path string) (string, *os.File, error) {
 			return "", nil, err
 		}
 		c := unix.LoopConfig{Fd: uint32(backing.Fd())}
-		c.Info.Flags = unix.LO_FLAGS_AUTOCLEAR
+		c.Info.Flags = unix.LO_FLAGS_AUTOCLEAR | flags
 		copy(c.Info.File_name[:len(c.Info.File_name)-1], path)
 		err = unix.IoctlLoopConfigure(int(f.Fd()), &c)
 		if err == nil {
