@@ -138,7 +138,7 @@ func (a *app) backupOne(ctx context.Context, r *repository.Repository, handle st
 		a.say("  %s was backed up before", report.Snapshot)
 		return report, nil
 	}
-	a.say("  %s of %s: %s", report.Kind, report.Snapshot, report.Reason)
+	a.say("  %s backup of %s (%s)", report.Kind, report.Snapshot, report.Reason)
 	a.say("  read %v, audited %v, new %v (stored as %v), reused %v of %v, in %.1f s", bytesize(report.BytesRead), bytesize(report.BytesAudited),
 		bytesize(report.BytesNew), bytesize(report.BytesStored), bytesize(report.BytesReused), bytesize(report.Size), report.Seconds)
 	return report, nil
