@@ -15,9 +15,14 @@ import (
 	"stillpoint.io/stillpoint/fault"
 )
 
-// ownCut begins the names of the cuts that the command backup makes by itself. A snapshot with such a name is deleted
-// once a newer backup has taken its place as the base of the next increment.
-const ownCut = "backup-"
+// The cuts that the command backup makes by itself are named by their time. A snapshot with such a name is deleted once
+// a newer backup has taken its place as the base of the next increment.
+const ownCutLayout = "backup-20060102t150405"
+
+func isOwnCut(name string) bool {
+	_, err := time.Parse(ownCutLayout, name)
+	return err == nil
+}
 
 func (a *app) backupCommand() *cobra.Command {
 	var flags cutFlags
@@ -107,7 +112,7 @@ func (a *app) cutForBackup(ctx context.Context, args []string, flags cutFlags) (
 	if err != nil {
 		return nil, err
 	}
-	res, err := a.cut(ctx, flags.request(ownCut+time.Now().UTC().Format("20060102t150405"), volumes))
+	res, err := a.cut(ctx, flags.request(time.Now().UTC().Format(ownCutLayout), volumes))
 	if err == nil && !a.json {
 		a.printCut(res)
 	}
@@ -158,7 +163,7 @@ func (a *app) retire(ctx context.Context, r *repository.Repository, report backu
 	if err != nil {
 		return err
 	}
-	if !strings.HasPrefix(base.Snapshot.Name, ownCut) {
+	if !isOwnCut(base.Snapshot.Name) {
 		return nil
 	}
 	b, err := a.backend(ctx, base.Snapshot.Volume.Backend)

@@ -305,7 +305,7 @@ func TestTheWholeStory(t *testing.T) {
 	must(t, "backup", volume)
 	own := 0
 	for _, s := range decode[struct{ Name string }](t, must(t, "snapshots", "--json", volume)) {
-		if strings.HasPrefix(s.Name, ownCut) {
+		if isOwnCut(s.Name) {
 			own++
 		}
 	}
@@ -387,6 +387,21 @@ func TestSecretsStaySecret(t *testing.T) {
 	})
 	if err != nil {
 		t.Error(err)
+	}
+}
+
+// Only the names that backup itself gives are its own: a user's snapshots stay.
+func TestOwnCuts(t *testing.T) {
+	for name, want := range map[string]bool{
+		time.Now().UTC().Format(ownCutLayout): true,
+		"backup-monday":                       false,
+		"backup-":                             false,
+		"backup-20261123t101112-before":       false,
+		"monday":                              false,
+	} {
+		if isOwnCut(name) != want {
+			t.Errorf("isOwnCut(%q) = %v", name, !want)
+		}
 	}
 }
 
