@@ -51,7 +51,7 @@ func (b Budget) workers(each int64) int {
 	if b.Workers > 0 {
 		return min(b.Workers, most)
 	}
-	return min(max(4, 2*runtime.GOMAXPROCS(0)), 32, most)
+	return min(max(6, 3*runtime.GOMAXPROCS(0)), 32, most)
 }
 
 // Progress is what a running backup, restore or verification has done so far; whoever shows it polls. All are bytes.
