@@ -3,6 +3,7 @@ package repository
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"regexp"
 	"slices"
 	"strings"
@@ -77,6 +78,8 @@ type Backup struct {
 	Unverified  []string
 	Image       ImageID // of disk.img: a digest of all of it
 
+	Standing // what was learnt since; not stored with it
+
 	manifest manifest.ID
 	root     object.ID
 }
@@ -102,6 +105,10 @@ type description struct {
 	Consistency  adapters.Consistency `json:"consistency,omitempty"`
 	Unverified   []string             `json:"unverified,omitempty"`
 	Image        ImageID              `json:"image"`
+
+	// Of a listing, not stored:
+	Verified time.Time `json:"verified,omitzero"`
+	Suspect  string    `json:"suspect,omitempty"`
 }
 
 // MarshalJSON writes a description.
@@ -113,7 +120,7 @@ func (b Backup) MarshalJSON() ([]byte, error) {
 		Cut: b.Cut, Consistency: b.Consistency, Unverified: b.Unverified, Image: b.Image,
 	}
 	if b.Handle != (Handle{}) {
-		d.Backup = &b.Handle
+		d.Backup, d.Verified, d.Suspect = &b.Handle, b.Verified, b.Suspect
 	}
 	if b.Base != "" {
 		d.BaseImage = &b.BaseImage
@@ -168,7 +175,11 @@ func (r *Repository) Backups(ctx context.Context, f Filter) ([]Backup, error) {
 	if err := r.kopia.Refresh(ctx); err != nil {
 		return nil, r.corrupt(err)
 	}
-	return r.find(ctx, r.kopia, labels)
+	found, err := r.find(ctx, r.kopia, labels)
+	if err != nil {
+		return nil, err
+	}
+	return found, r.standings(ctx, found)
 }
 
 // Backup looks one up by its id. NotFound if there is none.
@@ -179,7 +190,13 @@ func (r *Repository) Backup(ctx context.Context, id string) (Backup, error) {
 	if err := r.kopia.Refresh(ctx); err != nil {
 		return Backup{}, r.corrupt(err)
 	}
-	return r.lookup(ctx, r.kopia, id)
+	b, err := r.lookup(ctx, r.kopia, id)
+	if err != nil {
+		return Backup{}, err
+	}
+	one := []Backup{b}
+	err = r.standings(ctx, one)
+	return one[0], err
 }
 
 func (r *Repository) lookup(ctx context.Context, from manifests, id string) (Backup, error) {
@@ -255,7 +272,7 @@ func (r *Repository) Forget(ctx context.Context, id string) error {
 	for first := true; ; first = false { // one id may have two manifests
 		b, err := r.Backup(ctx, id)
 		if !first && fault.KindOf(err) == fault.NotFound {
-			return nil
+			return errors.Join(r.DeleteRecord(ctx, verifiedRecord, id), r.DeleteRecord(ctx, suspectRecord, id))
 		} else if err != nil {
 			return err
 		}
@@ -266,8 +283,7 @@ func (r *Repository) Forget(ctx context.Context, id string) error {
 }
 
 func (r *Repository) deleteManifest(ctx context.Context, id manifest.ID) error {
-	err := repo.WriteSession(ctx, r.kopia, repo.WriteSessionOptions{Purpose: "stillpoint forget"}, func(ctx context.Context, w repo.RepositoryWriter) error {
+	return r.session(ctx, "forget", func(ctx context.Context, w repo.RepositoryWriter) error {
 		return w.DeleteManifest(ctx, id)
 	})
-	return r.at.fault("writing to", err)
 }

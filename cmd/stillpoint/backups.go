@@ -1,0 +1,98 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"stillpoint.io/stillpoint/agent/repository"
+	"stillpoint.io/stillpoint/fault"
+)
+
+func (a *app) backupsCommand() *cobra.Command {
+	var remote string
+	c := &cobra.Command{
+		Use:   "backups [VOLUME]",
+		Short: "List the backups in a remote",
+		Args:  arguments(0, 1, "one volume at most"),
+		RunE: func(c *cobra.Command, args []string) error {
+			return a.listBackups(c.Context(), remote, args)
+		},
+	}
+	remoteFlag(c, &remote)
+	return a.jsonFlag(c)
+}
+
+func (a *app) listBackups(ctx context.Context, remote string, args []string) error {
+	var filter repository.Filter
+	if len(args) == 1 {
+		b, id, err := a.volume(ctx, args[0])
+		if err != nil {
+			return err
+		}
+		filter.Volume = id
+		if v, err := b.Volume(ctx, id); err == nil {
+			filter.Volume = v.ID
+		} else if !errors.Is(err, fault.NotFound) && !errors.Is(err, fault.Unavailable) {
+			return err // a volume that is gone may have backups under its canonical id
+		}
+	}
+	r, err := a.repository(ctx, remote)
+	if err != nil {
+		return err
+	}
+	defer closeRepository(ctx, r)
+	found, err := r.Backups(ctx, filter)
+	if err != nil {
+		return err
+	}
+	if a.json {
+		for _, b := range found {
+			if err := a.printJSON(b); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	row, flush := a.table("BACKUP", "KIND", "SIZE", "DATA", "CREATED", "SNAPSHOT")
+	for _, b := range found {
+		row(b.Handle, b.Kind, bytesize(b.Size), bytesize(b.Data), b.Created.Local().Format(time.DateTime), b.Snapshot)
+	}
+	return flush()
+}
+
+// inRemotes calls f for each backup handle with its repository, opening each remote once.
+func (a *app) inRemotes(ctx context.Context, handles []string, f func(*repository.Repository, string) error) (err error) {
+	var parsed []repository.Handle
+	for _, s := range handles {
+		h, err := repository.ParseHandle(s)
+		if err != nil {
+			return err
+		}
+		parsed = append(parsed, h)
+	}
+	open := map[string]*repository.Repository{}
+	defer func() {
+		for _, r := range open {
+			err = errors.Join(err, closeRepository(ctx, r))
+		}
+	}()
+	var errs []error
+	for _, h := range parsed {
+		r, ok := open[h.Remote]
+		if !ok {
+			var err error
+			if r, err = a.repository(ctx, h.Remote); err != nil {
+				return err
+			}
+			open[h.Remote] = r
+		}
+		if err := f(r, h.ID); err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", h, err))
+		}
+	}
+	return errors.Join(errs...)
+}
