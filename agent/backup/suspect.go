@@ -33,28 +33,30 @@ func condemn(ctx context.Context, r *repository.Repository, wrong repository.Bac
 		}
 	}
 	var marked []string
-	for i, b := range all {
-		at := -1
-		for k, p := range places {
-			if holders[i][k] && !innocent(r, b, p, k, all, holders, coverage) {
-				at = k
-				break
-			}
-		}
-		if b.Suspect != "" || b.ID != wrong.ID && at < 0 {
-			continue
-		}
-		why := fmt.Sprintf("the chunk at %d may be an older one than its snapshot had", places[max(at, 0)].off)
-		if b.ID == wrong.ID {
-			why = fmt.Sprintf("the chunk at %d is not the one that its snapshot has", places[0].off)
-		}
+	mark := func(b repository.Backup, why string, off int64) error {
+		why = fmt.Sprintf("the chunk at %d %s", off, why)
 		if err := r.MarkSuspect(ctx, b.ID, why); err != nil {
-			return marked, err
+			return err
 		}
 		slog.ErrorContext(ctx, "a backup is suspect", "backup", b.Handle.String(), "volume", b.Volume.String(), "why", why)
 		marked = append(marked, b.Handle.String())
+		return nil
 	}
-	return marked, nil
+	for i, b := range all {
+		if b.Suspect != "" || b.ID == wrong.ID {
+			continue
+		}
+		for k, p := range places {
+			if holders[i][k] && !innocent(r, b, p, k, all, holders, coverage) {
+				if err := mark(b, "may be an older one than its snapshot had", p.off); err != nil {
+					return marked, err
+				}
+				break
+			}
+		}
+	}
+	// Last, so that whoever dies before leaves it to be found again.
+	return marked, mark(wrong, "is not the one that its snapshot has", places[0].off)
 }
 
 // holds says at which of the places a backup has the stale chunk. One whose index is damaged is judged as if it had.

@@ -124,8 +124,12 @@ func (a *app) backupOne(ctx context.Context, r *repository.Repository, handle st
 		return backup.Report{}, err
 	}
 	var report backup.Report
+	distrust := ""
+	if !full {
+		distrust = a.distrust(ctx, b, id.Volume.Backend)
+	}
 	err = a.withProgress(ctx, "backup of "+id.Name, func(p *backup.Progress) (err error) {
-		report, err = backup.Run(ctx, backup.Request{Adapter: b, Snapshot: id, Repository: r, Full: full, Progress: p})
+		report, err = backup.Run(ctx, backup.Request{Adapter: b, Snapshot: id, Repository: r, Full: full, Distrust: distrust, Progress: p})
 		return err
 	})
 	if err != nil {
@@ -143,6 +147,9 @@ func (a *app) backupOne(ctx context.Context, r *repository.Repository, handle st
 		return report, nil
 	}
 	a.say("  %s backup of %s (%s)", report.Kind, report.Snapshot, report.Reason)
+	for _, s := range report.Suspect {
+		a.say("  %s is suspect now", s)
+	}
 	a.say("  read %v, audited %v, new %v (stored as %v), reused %v of %v, in %.1f s", bytesize(report.BytesRead), bytesize(report.BytesAudited),
 		bytesize(report.BytesNew), bytesize(report.BytesStored), bytesize(report.BytesReused), bytesize(report.Size), report.Seconds)
 	return report, nil

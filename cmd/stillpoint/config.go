@@ -30,6 +30,7 @@ type backendConfig struct {
 	Adapter     string            `json:"adapter"`
 	Parameters  map[string]string `json:"parameters"`
 	SecretFiles map[string]string `json:"secret-files"`
+	Canary      string            `json:"canary"` // id of the volume on which `backup` tries the backend's changed blocks first
 }
 
 // remoteConfig is one remote: where its repository is, and the file that holds its passphrase.

@@ -41,7 +41,7 @@ func main() {
 func run(args []string, stdout, stderr io.Writer) int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	a := &app{stdout: stdout, stderr: stderr, open: map[string]adapters.Adapter{}}
+	a := &app{stdout: stdout, stderr: stderr, open: map[string]adapters.Adapter{}, canaries: map[string]string{}}
 	root := a.rootCommand()
 	root.SetArgs(args)
 	root.SetOut(stdout)
@@ -88,6 +88,7 @@ type app struct {
 	config         config
 	open           map[string]adapters.Adapter
 	json           bool
+	canaries       map[string]string // by backend that was tried: why its changed blocks are not to be used, or nothing
 }
 
 func (a *app) rootCommand() *cobra.Command {
@@ -119,6 +120,7 @@ Exit codes: 0 success, 1 unforeseen, 2 invalid, 3 not found, 4 busy, 5 unsupport
 	root.AddCommand(
 		a.cutCommand(), a.snapshotsCommand(), a.deleteCommand(), a.diffCommand(),
 		a.backupCommand(), a.backupsCommand(), a.restoreCommand(), a.verifyCommand(), a.forgetCommand(),
+		a.scrubCommand(), a.canaryCommand(),
 		a.remoteCommand(), a.adaptersCommand(), freezerCommand(), a.versionCommand(),
 	)
 	return root

@@ -11,7 +11,7 @@ import (
 )
 
 func (a *app) restoreCommand() *cobra.Command {
-	var overwrite bool
+	var overwrite, suspect bool
 	c := &cobra.Command{
 		Use:   "restore BACKUP|HANDLE TARGET-VOLUME",
 		Short: "Make a backup or a snapshot into a new volume, or write it over an existing one",
@@ -21,7 +21,7 @@ func (a *app) restoreCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			q := backup.RestoreRequest{Target: target, Volume: id, Overwrite: overwrite}
+			q := backup.RestoreRequest{Target: target, Volume: id, Overwrite: overwrite, Suspect: suspect}
 			if !strings.HasPrefix(args[0], "backup:") {
 				b, snapshot, err := a.snapshot(c.Context(), args[0])
 				if err != nil {
@@ -37,6 +37,7 @@ func (a *app) restoreCommand() *cobra.Command {
 		},
 	}
 	c.Flags().BoolVar(&overwrite, "overwrite", false, "write over the existing volume TARGET-VOLUME, which must not be in use")
+	c.Flags().BoolVar(&suspect, "suspect", false, "restore a backup even if it is suspect: it may differ from its snapshot")
 	return a.jsonFlag(c)
 }
 
