@@ -14,18 +14,40 @@ import (
 	"stillpoint.io/stillpoint/fault"
 )
 
-// liar is an adapter whose changed blocks go through a filter.
+// liar is an adapter whose answers go through filters. A filter that is nil changes nothing.
 type liar struct {
 	*mem.Adapter
-	delta func(cbt.Delta) (cbt.Delta, error)
+	asked     func() // before the backend is asked for changed blocks
+	delta     func(cbt.Delta) (cbt.Delta, error)
+	allocated func(cbt.Delta) cbt.Delta
+	open      func(adapters.Image) adapters.Image
 }
 
 func (l liar) Changed(ctx context.Context, base, target adapters.SnapshotID, from int64) (cbt.Delta, error) {
+	if l.asked != nil {
+		l.asked()
+	}
 	d, err := l.Adapter.Changed(ctx, base, target, from)
-	if err != nil {
+	if err != nil || l.delta == nil {
 		return d, err
 	}
 	return l.delta(d)
+}
+
+func (l liar) Allocated(ctx context.Context, id adapters.SnapshotID, from int64) (cbt.Delta, error) {
+	d, err := l.Adapter.Allocated(ctx, id, from)
+	if err != nil || l.allocated == nil {
+		return d, err
+	}
+	return l.allocated(d), nil
+}
+
+func (l liar) Open(ctx context.Context, id adapters.SnapshotID) (adapters.Image, error) {
+	image, err := l.Adapter.Open(ctx, id)
+	if err != nil || l.open == nil {
+		return image, err
+	}
+	return l.open(image), nil
 }
 
 // Whatever a backend gets wrong about the changed blocks, the backup is right, and the report says what happened.
@@ -59,7 +81,7 @@ func TestWrongChangedBlocks(t *testing.T) {
 			w.write(random(rng, 3<<20), 9<<20)
 			second, want := w.cut()
 			q := w.request(second)
-			q.Adapter = liar{w.adapter.(*mem.Adapter), c.delta}
+			q.Adapter = liar{Adapter: w.mem(), delta: c.delta}
 			r, err := Run(t.Context(), q)
 			if err != nil {
 				t.Fatal(err)
@@ -80,7 +102,7 @@ func TestUnreachableChangedBlocks(t *testing.T) {
 	w.backup(first)
 	second, _ := w.cut()
 	q := w.request(second)
-	q.Adapter = liar{w.adapter.(*mem.Adapter), func(d cbt.Delta) (cbt.Delta, error) {
+	q.Adapter = liar{Adapter: w.mem(), delta: func(d cbt.Delta) (cbt.Delta, error) {
 		return d, fault.Errorf(fault.Unavailable, "the metadata service does not answer")
 	}}
 	if r, err := Run(t.Context(), q); fault.KindOf(err) != fault.Unavailable {

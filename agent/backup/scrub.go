@@ -149,7 +149,7 @@ func (q ScrubRequest) scrub(ctx context.Context, b repository.Backup, s adapters
 	if len(c.wrong) > 0 {
 		slog.ErrorContext(ctx, "a backup differs from its snapshot: a change was missed when it was made", "backup", b.Handle.String(), "snapshot", s.ID.String(), "bytes", c.bytesWrong, "first", c.words[0])
 		var condemnErr error
-		if report.Suspect, condemnErr = condemn(last, q.Repository, b, c.wrong, known.Coverage); condemnErr != nil {
+		if report.Suspect, condemnErr = condemn(last, q.Adapter, q.Repository, b, c.wrong, known.Coverage); condemnErr != nil {
 			return errors.Join(err, condemnErr)
 		}
 	}
