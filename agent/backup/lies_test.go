@@ -411,6 +411,7 @@ func liesNeverStand(t *testing.T, seed uint64, caught map[string]int) {
 		}
 		if len(r.Warnings) > 0 {
 			caught["inline"]++
+			caught["suspect"] += len(r.Suspect)
 			if !lied {
 				t.Errorf("seed %d: accused though nothing was a lie: %+v", seed, r)
 			}

@@ -29,6 +29,8 @@ type ScrubRequest struct {
 	All        bool          // look at everything now
 	Budget     Budget
 	Progress   *Progress // may be nil
+
+	now time.Time // zero: the clock's
 }
 
 // ScrubWithin is how long it takes scrubs by default until they have looked at everything.
@@ -126,7 +128,10 @@ func (q ScrubRequest) scrub(ctx context.Context, b repository.Backup, s adapters
 		return err
 	}
 	known.resize(s.Size, s.Created)
-	now := time.Now()
+	now := q.now
+	if now.IsZero() {
+		now = time.Now()
+	}
 	due := q.due(known, s, now)
 
 	image, err := q.Repository.OpenImage(ctx, b)
@@ -185,6 +190,7 @@ type comparer struct {
 	image    *repository.Image
 	source   adapters.Image
 	progress *Progress
+	unit     int64 // bytes read at once
 	compared atomic.Int64
 	done     []cbt.Extent
 
@@ -199,62 +205,81 @@ const (
 	batch     = 16 << 30 // bytes that are compared before they count as done
 )
 
-// run compares extents, widened to whole units; done is what was compared, also when it fails.
+// run compares extents, widened to whole chunks; done is what was compared, also when it fails.
 func (c *comparer) run(ctx context.Context, extents []cbt.Extent, budget Budget) error {
-	unit := max(c.r.ChunkSize(), 1<<20)
 	if c.progress == nil {
 		c.progress = new(Progress)
 	}
+	size := c.r.ChunkSize()
+	wanted := newBits((c.image.Size() + size - 1) / size)
 	for _, e := range extents {
-		c.progress.Total.Add(e.Length)
+		wanted.set(e.Offset/size, (e.End()+size-1)/size)
 	}
-	buffers := make([]buffer, budget.workers(unit+4*c.r.ChunkSize()))
+	var runs []cbt.Extent
+	for from, to := range wanted.runs((c.image.Size() + size - 1) / size) {
+		for at, end := from*size, min(to*size, c.image.Size()); at < end; at += batch {
+			runs = append(runs, cbt.Extent{Offset: at, Length: min(end-at, batch)})
+			c.progress.Total.Add(min(end-at, batch))
+		}
+	}
+	c.unit = max(size, 1<<20)
+	buffers := make([]buffer, budget.workers(c.unit+4*size))
 	for i := range buffers {
-		b, err := newBuffer(unit)
+		b, err := newBuffer(c.unit)
 		if err != nil {
 			return err
 		}
 		defer b.free()
 		buffers[i] = b
 	}
-	for _, e := range extents {
-		end := e.End()
-		for at := e.Offset / unit * unit; at < end; at += batch {
-			part := cbt.Extent{Offset: at, Length: min(end-at, batch)}
-			if err := c.batch(ctx, part, unit, buffers); err != nil {
-				return err
-			}
-			c.done = append(c.done, part)
+	for len(runs) > 0 {
+		n, length := 0, int64(0)
+		for n < len(runs) && length < batch {
+			length += runs[n].Length
+			n++
 		}
+		if err := c.batch(ctx, runs[:n], buffers); err != nil {
+			return err
+		}
+		c.done, runs = append(c.done, runs[:n]...), runs[n:]
 	}
 	return nil
 }
 
-// batch compares an extent, in units.
-func (c *comparer) batch(ctx context.Context, e cbt.Extent, unit int64, buffers []buffer) error {
+// batch compares runs, a unit at a time.
+func (c *comparer) batch(ctx context.Context, runs []cbt.Extent, buffers []buffer) error {
 	g, ctx := errgroup.WithContext(ctx)
-	var next atomic.Int64
+	pieces := make(chan cbt.Extent, len(buffers))
+	g.Go(func() error {
+		defer close(pieces)
+		for _, e := range runs {
+			for at := e.Offset; at < e.End(); {
+				end := min(e.End(), at/c.unit*c.unit+c.unit)
+				select {
+				case pieces <- cbt.Extent{Offset: at, Length: end - at}:
+				case <-ctx.Done():
+					return ctx.Err()
+				}
+				at = end
+			}
+		}
+		return nil
+	})
 	for _, b := range buffers {
 		g.Go(func() error {
-			for {
-				off := e.Offset + (next.Add(1)-1)*unit
-				if off >= e.End() {
-					return nil
-				}
-				if err := ctx.Err(); err != nil {
-					return err
-				}
-				if err := c.unit(ctx, b.p, off, min(unit, c.image.Size()-off)); err != nil {
+			for e := range pieces {
+				if err := c.compare(ctx, b.p, e.Offset, e.Length); err != nil {
 					return err
 				}
 			}
+			return nil
 		})
 	}
 	return g.Wait()
 }
 
-// unit compares the chunks of a unit.
-func (c *comparer) unit(ctx context.Context, p []byte, at, length int64) error {
+// compare compares the chunks of a piece of a unit.
+func (c *comparer) compare(ctx context.Context, p []byte, at, length int64) error {
 	if err := readFull(ctx, c.source, p, at, length); err != nil {
 		return err
 	}
