@@ -34,15 +34,15 @@ func Pattern(size int64) (first, then []Write, err error) {
 	top := int64(1) << (bits.Len64(uint64(size)) - 1) // the largest power of two that is not more than size
 	half := top / 2                                   // so [half, top) is whole
 	hole := half + half/2
-	full := half/2 + half/4
+	full, data := half/2+half/4, min(half/16, 256<<10)
 	first = []Write{
 		{Offset: 0, Length: canaryBlock, Where: "the first block"},
-		{Offset: full, Length: half / 16, Where: "a stretch of data"},
+		{Offset: full, Length: data, Where: "a stretch of data"},
 		{Offset: hole - half/8, Length: half / 4, Zero: true, Where: "a hole"},
 	}
 	then = []Write{
 		{Offset: 0, Length: canaryBlock, Where: "the first block"},
-		{Offset: full, Length: half / 16, Zero: true, Where: "data that was zeroed"},
+		{Offset: full, Length: data, Zero: true, Where: "data that was zeroed"},
 		{Offset: hole, Length: canaryBlock, Where: "a block in the middle of a hole"},
 		{Offset: size - canaryBlock, Length: canaryBlock, Where: "the last block"},
 	}
