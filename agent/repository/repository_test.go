@@ -51,8 +51,7 @@ func commit(r *Repository, id string, fill ...byte) (Backup, error) {
 		return Backup{}, err
 	}
 	defer w.Close(ctx)
-	x := w.NewIndex(ctx)
-	defer x.Close()
+	x := w.NewIndex()
 	var chunks []Chunk
 	for _, b := range fill {
 		p := make([]byte, r.ChunkSize())
