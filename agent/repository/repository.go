@@ -54,6 +54,7 @@ type OpenOptions struct {
 	Remote   string // the remote's name in handles, "default" if empty
 	Host     string // the cluster or host that backups are filed under, the machine's host name if empty
 	ReadOnly bool   // every change is refused, also by kopia
+	Locks    string // a folder for locks between the processes of this host, see Lock; empty: there are none
 }
 
 // Repository is an open kopia repository. Its methods are safe in parallel. Close it. Nothing of it is kept on this
@@ -67,6 +68,8 @@ type Repository struct {
 	kopia    repo.DirectRepository
 	hash     hashing.HashFunc
 	zeros    zeros
+	locks    string
+	locked   volumes
 }
 
 // settings is the manifest, of type settingsType, by which a kopia repository is one of ours.
@@ -158,7 +161,7 @@ func Open(ctx context.Context, at Location, passphrase adapters.Secret, o OpenOp
 	}
 	r := &Repository{
 		at: at, remote: cmp.Or(o.Remote, "default"), host: o.Host, kopia: k,
-		hash: k.FormatManager().HashFunc(),
+		hash: k.FormatManager().HashFunc(), locks: o.Locks,
 	}
 	if err := r.loadSettings(ctx); err != nil {
 		return nil, errors.Join(err, k.Close(ctx))
