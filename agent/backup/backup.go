@@ -63,7 +63,8 @@ type Report struct {
 	BytesReused  int64           `json:"bytes_reused"`  // in chunks that it had
 	BytesStored  int64           `json:"bytes_stored"`  // written to the repository, compressed, with indexes
 	Seconds      float64         `json:"seconds"`
-	Existed      bool            `json:"existed,omitempty"` // the backup was there already, nothing was done
+	Existed      bool            `json:"existed,omitempty"`    // the backup was there already, nothing was done
+	Distrusted   bool            `json:"distrusted,omitempty"` // it was to be incremental, and had to be made again as a full one
 	Warnings     []string        `json:"warnings,omitempty"`
 }
 
@@ -100,7 +101,7 @@ func Run(ctx context.Context, q Request) (_ Report, err error) {
 	if errors.As(err, &distrusted) {
 		warning := fmt.Sprintf("%v; the backup is made again as a full one", distrusted)
 		slog.ErrorContext(ctx, warning, "snapshot", p.Snapshot.ID.String(), "base", p.Base.Handle.String())
-		report.Warnings = append(report.Warnings, warning)
+		report.Warnings, report.Distrusted = append(report.Warnings, warning), true
 		p.Kind, p.Base, p.Resume, p.Reason = repository.Full, nil, nil, "the changed blocks since the base cannot be trusted"
 		if q.Progress != nil {
 			q.Progress.Total.Store(0)

@@ -16,6 +16,7 @@ import (
 
 	"github.com/kopia/kopia/repo"
 	"github.com/kopia/kopia/repo/blob"
+	"github.com/kopia/kopia/repo/blob/throttling"
 	"github.com/kopia/kopia/repo/content"
 	"github.com/kopia/kopia/repo/format"
 	"github.com/kopia/kopia/repo/hashing"
@@ -54,7 +55,9 @@ type OpenOptions struct {
 	Remote   string // the remote's name in handles, "default" if empty
 	Host     string // the cluster or host that backups are filed under, the machine's host name if empty
 	ReadOnly bool   // every change is refused, also by kopia
-	Locks    string // a folder for locks between the processes of this host, see Lock; empty: there are none
+	// UploadBytes and DownloadBytes bound what goes to the medium and comes from it, in bytes a second; 0: no limit.
+	UploadBytes, DownloadBytes int64
+	Locks                      string // a folder for locks between the processes of this host, see Lock; empty: there are none
 }
 
 // Repository is an open kopia repository. Its methods are safe in parallel. Close it. Nothing of it is kept on this
@@ -200,6 +203,7 @@ func connect(ctx context.Context, at Location, passphrase adapters.Secret, o Ope
 		Storage: &blob.ConnectionInfo{Type: folderType, Config: &folderOptions{Path: at.Path}},
 		ClientOptions: repo.ClientOptions{
 			Hostname: o.Host, Username: userName, Description: at.String(), ReadOnly: o.ReadOnly,
+			Throttling:              &throttling.Limits{UploadBytesPerSecond: float64(o.UploadBytes), DownloadBytesPerSecond: float64(o.DownloadBytes)},
 			FormatBlobCacheDuration: format.DefaultRepositoryBlobCacheDuration,
 		},
 	})
