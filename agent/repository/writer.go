@@ -28,7 +28,7 @@ type Writer struct {
 
 // NewWriter begins a session. Close it.
 func (r *Repository) NewWriter(ctx context.Context) (*Writer, error) {
-	if err := sweepPartial(r.at.Path); err != nil {
+	if err := r.at.sweep(); err != nil {
 		return nil, r.at.fault("writing to", err)
 	}
 	w := &Writer{r: r, fresh: new(freshChunks)}
