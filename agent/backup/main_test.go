@@ -10,6 +10,7 @@ import (
 var children = map[string]func() error{
 	"kill":   killedChild,
 	"sparse": sparseChild,
+	"dense":  denseChild,
 	"resume": resumedChild,
 }
 
