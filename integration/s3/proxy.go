@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"log"
 	"net"
 	"net/http"
 	"net/http/httputil"
@@ -23,12 +24,15 @@ type Proxy struct {
 
 	mu      sync.Mutex
 	rules   []*Rule
+	seen    []request
 	server  *http.Server
 	serving sync.WaitGroup
 	addr    string
 	target  *url.URL
 	open    http.RoundTripper
 }
+
+type request struct{ method, object, query string }
 
 // Rule says which requests are disturbed, and how. Empty conditions hold for every request.
 type Rule struct {
@@ -54,6 +58,7 @@ type Fault struct {
 	CutRequest bool          // the connection breaks when half of the request's body was passed on
 	FlipAnswer bool          // a bit in the middle of the answer's body is flipped
 	FlipUpload bool          // a bit in the middle of the request's body is flipped on its way to the store
+	Clock      time.Duration // the store's clock goes so far ahead, as its answers show
 }
 
 // NewProxy starts a proxy before a store, for as long as the test runs.
@@ -127,10 +132,12 @@ func (p *Proxy) Heal() (disturbed int) {
 
 func (p *Proxy) faultFor(r *http.Request) Fault {
 	_, object, _ := strings.Cut(strings.TrimPrefix(r.URL.Path, "/"), "/")
+	q := request{r.Method, object, r.URL.RawQuery}
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.seen = append(p.seen, q)
 	for _, rule := range p.rules {
-		if rule.Method != "" && rule.Method != r.Method || !strings.Contains(object, rule.Object) || !strings.Contains(r.URL.RawQuery, rule.Query) {
+		if !rule.fits(q) {
 			continue
 		}
 		if rule.seen++; rule.seen <= rule.Skip || rule.Times > 0 && rule.hit >= rule.Times {
@@ -140,6 +147,23 @@ func (p *Proxy) faultFor(r *http.Request) Fault {
 		return rule.Fault
 	}
 	return Fault{}
+}
+
+// Count is how many requests there were that the conditions of a rule fit, since the proxy started or was asked last.
+func (p *Proxy) Count(r Rule) (n int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, seen := range p.seen {
+		if r.fits(seen) {
+			n++
+		}
+	}
+	p.seen = nil
+	return n
+}
+
+func (r *Rule) fits(q request) bool {
+	return (r.Method == "" || r.Method == q.method) && strings.Contains(q.object, r.Object) && strings.Contains(q.query, r.Query)
 }
 
 // ServeHTTP answers one request.
@@ -165,8 +189,9 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		},
 		ModifyResponse: f.spoilAnswer,
 		Transport:      p.open,
+		FlushInterval:  -1, // so that what is cut off goes out up to there
+		ErrorLog:       log.New(io.Discard, "", 0),
 		ErrorHandler:   func(http.ResponseWriter, *http.Request, error) { panic(http.ErrAbortHandler) },
-		BufferPool:     nil,
 	}
 	proxy.ServeHTTP(w, r)
 }
@@ -201,6 +226,12 @@ func (f Fault) spoilRequest(r *http.Request) {
 
 func (f Fault) spoilAnswer(a *http.Response) error {
 	switch {
+	case f.Clock != 0:
+		for _, h := range []string{"Date", "Last-Modified"} {
+			if t, err := http.ParseTime(a.Header.Get(h)); err == nil {
+				a.Header.Set(h, t.Add(f.Clock).Format(http.TimeFormat))
+			}
+		}
 	case f.FlipAnswer:
 		p, err := io.ReadAll(a.Body)
 		if err != nil {
