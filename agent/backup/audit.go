@@ -53,7 +53,7 @@ func (l *line) audit(ctx context.Context) error {
 func (l *line) auditChunk(ctx context.Context, c int64, p []byte) error {
 	off := c * l.chunk
 	length := min(l.chunk, l.size-off)
-	if err := readFull(ctx, l.source, p, off, length); err != nil {
+	if err := l.fill(ctx, p, off, length); err != nil {
 		return err
 	}
 	l.audited.Add(length)
@@ -67,13 +67,17 @@ func (l *line) auditChunk(ctx context.Context, c int64, p []byte) error {
 	return nil
 }
 
-// unread is what the image has of a chunk that is not read: zeros if the backend says so, or else the base's.
+// unread is what the image has of a chunk that is not read: an interrupted run's, zeros if the backend says so, or else
+// the base's.
 func (l *line) unread(ctx context.Context, c int64) (repository.Chunk, error) {
-	off := c * l.chunk
-	if l.base == nil || l.changed.has(c) {
+	off, from := c*l.chunk, l.base
+	switch {
+	case off < l.start():
+		from = l.part
+	case l.base == nil || l.changed.has(c):
 		return l.r.ZeroChunk(min(l.chunk, l.size-off)), nil
 	}
-	chunks, err := l.base.Chunks(ctx, int(off/repository.SegmentSize))
+	chunks, err := from.Chunks(ctx, int(off/repository.SegmentSize))
 	if err != nil {
 		return repository.Chunk{}, baseFault(ctx, err)
 	}
@@ -83,6 +87,9 @@ func (l *line) unread(ctx context.Context, c int64) (repository.Chunk, error) {
 func (l *line) lie(c int64, want repository.Chunk) error {
 	off := c * l.chunk
 	length := min(l.chunk, l.size-off)
+	if off < l.start() {
+		return &distrustError{why: fmt.Sprintf("the %d bytes at %d are not what an interrupted run took for them", length, off), lied: true, off: off}
+	}
 	if l.base == nil || l.changed.has(c) {
 		return &distrustError{why: fmt.Sprintf("the %d bytes at %d are data and were said to be zero", length, off), lied: true, off: off}
 	}

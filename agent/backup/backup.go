@@ -21,13 +21,11 @@
 package backup
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
-	"runtime"
 	"slices"
 	"sync/atomic"
 	"time"
@@ -38,30 +36,6 @@ import (
 	"stillpoint.io/stillpoint/cbt/audit"
 	"stillpoint.io/stillpoint/fault"
 )
-
-// Budget bounds what one backup, restore or verification uses.
-type Budget struct {
-	Memory  int64 // bytes for buffers and for packs on their way to the repository, DefaultMemory if 0
-	Workers int   // chunks read, hashed and stored at once; 0: what the memory and the processors suggest
-}
-
-// DefaultMemory is the memory that a Budget gives by default, in bytes.
-const DefaultMemory = 192 << 20
-
-// What kopia takes for each worker beside its buffer, by measurements of resident memory: to store, a pack of 20 MiB being
-// written and some copies of a chunk; to read, its pooled buffers of 8 MiB and more copies, which the collector has not
-// got to.
-func storeMemory(chunk int64) int64 { return 22<<20 + 3*chunk }
-func readMemory(chunk int64) int64  { return 36<<20 + 4*chunk }
-
-// workers is how many to start when each needs this much memory.
-func (b Budget) workers(each int64) int {
-	most := max(1, int(cmp.Or(b.Memory, DefaultMemory)/each))
-	if b.Workers > 0 {
-		return min(b.Workers, most)
-	}
-	return min(max(6, 3*runtime.GOMAXPROCS(0)), 32, most)
-}
 
 // Progress is what a running backup, restore or verification has done so far; whoever shows it polls. All are bytes.
 type Progress struct {
@@ -79,7 +53,9 @@ type Request struct {
 	Whole      bool   // Full, and read every byte, also what the backend says is empty
 	Distrust   string // why the backend's changed blocks are not to be used, if they are not; makes a full backup
 	Budget     Budget
+	Pool       *Pool     // of StorePool, when several backups share one; nil: one of the Budget for this backup alone
 	Progress   *Progress // may be nil
+	Pace       Pace      // of checkpoints
 
 	chance rand.Source // of the audit; nil: one that nobody knows
 }
@@ -93,6 +69,7 @@ type Report struct {
 	Base         string          `json:"base"`          // handle of the backup that an incremental reuses
 	Reason       string          `json:"reason"`        // why it is full or incremental
 	Size         int64           `json:"size"`          // of the volume
+	BytesResumed int64           `json:"bytes_resumed"` // of the image, that an interrupted run had done
 	BytesRead    int64           `json:"bytes_read"`    // from the snapshot, for the changed chunks
 	BytesAudited int64           `json:"bytes_audited"` // from the snapshot, to distrust the changed blocks
 	BytesChecked int64           `json:"bytes_checked"` // read back from the repository and compared with the snapshot
@@ -100,16 +77,27 @@ type Report struct {
 	BytesReused  int64           `json:"bytes_reused"`  // in chunks that it had
 	BytesStored  int64           `json:"bytes_stored"`  // written to the repository, compressed, with indexes
 	Seconds      float64         `json:"seconds"`
-	Existed      bool            `json:"existed,omitempty"` // the backup was there already, nothing was done
+	Existed      bool            `json:"existed,omitempty"`    // the backup was there already, nothing was done
+	Distrusted   bool            `json:"distrusted,omitempty"` // it was to be incremental, and had to be made again as a full one
 	Warnings     []string        `json:"warnings,omitempty"`
 	Suspect      []string        `json:"suspect,omitempty"` // handles of older backups that turned out to be wrong, or may be
 }
 
-// Run makes the backup. NotFound: no such snapshot. Busy: it is not ready yet, or its id was taken meanwhile. Invalid:
-// it is not verified, or the id belongs to a backup of something else. Exhausted: the repository is full. Corrupt: what
-// was stored does not come back as what the snapshot has, or the backup of that id is suspect.
-func Run(ctx context.Context, q Request) (Report, error) {
+// Run makes the backup, or continues one that was interrupted. NotFound: no such snapshot. Busy: it is not ready yet, or
+// another backup of the volume is under way. Invalid: it is not verified, or the id belongs to a backup of something
+// else. Exhausted: the repository is full. Corrupt: what was stored does not come back as what the snapshot has, or the
+// backup of that id is suspect.
+func Run(ctx context.Context, q Request) (_ Report, err error) {
 	started := time.Now()
+	release, err := q.Repository.Lock(q.Snapshot.Volume)
+	if err != nil {
+		return Report{}, err
+	}
+	defer func() { err = errors.Join(err, release()) }()
+	if q.Pool == nil {
+		q.Pool = StorePool(q.Budget, q.Repository)
+		defer q.Pool.Close()
+	}
 	p, err := Prepare(ctx, q)
 	if err != nil {
 		return Report{}, err
@@ -133,18 +121,25 @@ func Run(ctx context.Context, q Request) (Report, error) {
 	if errors.As(err, &distrusted) {
 		warning := fmt.Sprintf("%v; the backup is made again as a full one", distrusted)
 		slog.ErrorContext(ctx, warning, "snapshot", p.Snapshot.ID.String(), "plan", p.Reason)
-		report.Warnings = append(report.Warnings, warning)
+		report.Warnings, report.Distrusted = append(report.Warnings, warning), true
 		if p.Base != nil && distrusted.lied {
 			if report.Suspect, err = doubt(ctx, q, *p.Base, distrusted); err != nil {
 				return Report{}, fmt.Errorf("backing up %s: looking whether its base is right: %w", p.Snapshot.ID, err)
 			}
 		}
-		p.Kind, p.Base, p.Whole, p.Reason = repository.Full, nil, p.Whole || distrusted.lied, "the changed blocks since the base cannot be trusted"
+		if err := q.Repository.GiveUp(ctx, p.ID); err != nil { // what was believed must not be continued
+			return Report{}, err
+		}
+		p.Kind, p.Base, p.Unfinished, p.Resume = repository.Full, nil, nil, nil
+		p.Whole, p.Reason = p.Whole || distrusted.lied, "the changed blocks since the base cannot be trusted"
 		if q.Progress != nil {
 			q.Progress.Total.Store(0)
 			q.Progress.Done.Store(0)
 		}
 		made, err = run(ctx, q, p, started, &report)
+	}
+	if fault.KindOf(err) == fault.Corrupt { // what was done may be what is wrong
+		err = errors.Join(err, q.Repository.GiveUp(context.WithoutCancel(ctx), p.ID))
 	}
 	if err != nil {
 		return Report{}, fmt.Errorf("backing up %s: %w", p.Snapshot.ID, err)
@@ -189,13 +184,35 @@ func run(ctx context.Context, q Request, p Plan, started time.Time, report *Repo
 		return made, err
 	}
 	defer func() { err = errors.Join(err, w.Close(context.WithoutCancel(ctx))) }()
+	b := repository.Backup{
+		ID: p.ID, Volume: p.Snapshot.ID.Volume, Snapshot: p.Snapshot.ID, Kind: p.Kind,
+		Size: p.Snapshot.Size, ChunkSize: q.Repository.ChunkSize(), Created: p.Snapshot.Created, Started: started,
+		Cut: p.Snapshot.Notes.Cut, Consistency: p.Snapshot.Notes.Consistency, Unverified: p.Snapshot.Notes.Unverified,
+	}
+	if p.Base != nil {
+		b.Base, b.BaseImage = p.Base.ID, p.Base.Image
+	}
+	l := newLine(q, source, base, w)
+	l.coverage, l.instant = known.Coverage, p.Snapshot.Created
+	l.keeper = keeper{pace: q.Pace, keep: func(ctx context.Context, done repository.Part, data int64) error {
+		at := b
+		at.Data = data
+		return w.Checkpoint(ctx, at, done, p.Base)
+	}}
+	if p.Unfinished != nil {
+		w.Resume(*p.Unfinished)
+	}
+	if p.Resume != nil {
+		b.Started = p.Resume.Started
+		if err := l.resume(ctx, *p.Resume); err != nil {
+			return made, baseFault(ctx, err)
+		}
+		report.BytesResumed = p.Resume.Done
+	}
 	extents, err := changes(ctx, q.Adapter, p, q.Repository.ChunkSize()) // last: a stream holds its source until it is read
 	if err != nil {
 		return made, err
 	}
-
-	l := newLine(q, source, base, w)
-	l.coverage, l.instant = known.Coverage, p.Snapshot.Created
 	image, err := l.run(ctx, extents)
 	if err == nil {
 		err = sameSnapshots(ctx, q.Adapter, p)
@@ -206,16 +223,7 @@ func run(ctx context.Context, q Request, p Plan, started time.Time, report *Repo
 	if err != nil {
 		return made, err
 	}
-	b := repository.Backup{
-		ID: p.ID, Volume: p.Snapshot.ID.Volume, Snapshot: p.Snapshot.ID, Kind: p.Kind,
-		Size: p.Snapshot.Size, ChunkSize: q.Repository.ChunkSize(), Data: l.data,
-		Created: p.Snapshot.Created, Started: started, Finished: time.Now(),
-		Cut: p.Snapshot.Notes.Cut, Consistency: p.Snapshot.Notes.Consistency, Unverified: p.Snapshot.Notes.Unverified,
-		Image: image,
-	}
-	if p.Base != nil {
-		b.Base, b.BaseImage = p.Base.ID, p.Base.Image
-	}
+	b.Image, b.Data, b.Finished = image, l.data, time.Now()
 	made, err = w.Commit(ctx, b, l.check)
 	report.BytesStored += w.Stored()
 	report.BytesChecked += l.checked.Load()

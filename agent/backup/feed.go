@@ -24,6 +24,10 @@ func (f *feeder) feed(extents cbt.Seq) error {
 			return f.distrust(err)
 		}
 		f.mark(e)
+		if done := f.start() - e.Offset; done > 0 { // whole segments, by an interrupted run
+			done = min(done, e.Length)
+			e.Offset, e.Length = e.Offset+done, e.Length-done
+		}
 		for e.Length > 0 {
 			n := int(e.Offset / repository.SegmentSize)
 			start, length := f.bounds(n)
@@ -71,8 +75,8 @@ func (f *feeder) distrust(err error) error {
 func (f *feeder) mark(e cbt.Extent) {
 	first, end := e.Offset/f.chunk, (e.End()+f.chunk-1)/f.chunk
 	f.changed.set(first, end)
-	if !e.Zero {
-		f.seen.set(first, end)
+	if !e.Zero { // what an interrupted run had done was read by it, or not: who knows what it was told
+		f.seen.set(max(first, f.start()/f.chunk), end)
 	}
 	if f.base != nil {
 		f.touched += e.Length

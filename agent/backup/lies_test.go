@@ -247,7 +247,19 @@ func TestExtentCheckFindsLies(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer source.Close()
-	l := newLine(w.request(second), source, image, nil)
+	writer, err := w.repo.NewWriter(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer writer.Close(context.Background())
+	pool := StorePool(Budget{Workers: 2}, w.repo)
+	defer pool.Close()
+	line := func(s adapters.SnapshotID, source adapters.Image) *line {
+		q := w.request(s)
+		q.Pool = pool
+		return newLine(q, source, image, writer)
+	}
+	l := line(second, source)
 	var lie *distrustError
 	if err := l.check(t.Context(), image); !errors.As(err, &lie) || !lie.lied {
 		t.Errorf("of the base's: %v", err)
@@ -264,7 +276,7 @@ func TestExtentCheckFindsLies(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer same.Close()
-	l = newLine(w.request(first), same, image, nil)
+	l = line(first, same)
 	if err := l.check(t.Context(), image); err != nil || l.checked.Load() != checkPlaces*chunk {
 		t.Errorf("of what is right: %d bytes, %v", l.checked.Load(), err)
 	}
@@ -295,6 +307,8 @@ func TestDetectionMeasured(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer writer.Close(context.Background())
+	pool := StorePool(Budget{Workers: 2}, w.repo)
+	defer pool.Close()
 	const n, fixed = 64, 6 // chunks of the sample, and of the superblocks and the end (64 KiB is in the first)
 	for _, missed := range []int{4, 16, 48} {
 		found := 0
@@ -315,7 +329,7 @@ func TestDetectionMeasured(t *testing.T) {
 				t.Fatal(err)
 			}
 			q := w.request(s)
-			q.chance = rng
+			q.chance, q.Pool = rng, pool
 			l := newLine(q, source, image, writer)
 			_, err = l.run(t.Context(), cbt.Of())
 			var lie *distrustError

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"slices"
 	"time"
 
 	"stillpoint.io/stillpoint/adapters"
@@ -23,6 +24,9 @@ type Plan struct {
 	Whole    bool               // of a full backup: every byte is read, whatever the backend says is empty
 	Warnings []string
 
+	Unfinished *repository.Checkpoint // what an interrupted run of this backup left
+	Resume     *repository.Checkpoint // the same, if it is worth continuing
+
 	facts audit.Facts // what the backend was judged by
 }
 
@@ -36,17 +40,18 @@ func (p Plan) String() string {
 
 // Facts is what a plan is made from.
 type Facts struct {
-	ID        string // of the backup, empty to derive it
-	Snapshot  adapters.Snapshot
-	Full      bool                // a full backup is wanted
-	Whole     bool                // one that reads every byte
-	Distrust  string              // why the backend's changed blocks are not to be used
-	Source    audit.Source        // who lists changed blocks
-	Differs   bool                // the backend can compare snapshots
-	ChunkSize int64               // of the repository, bytes
-	Existing  *repository.Backup  // what bears ID already
-	Backups   []repository.Backup // of the volume
-	Snapshots []adapters.Snapshot // of the volume, verified, in the backend
+	ID         string // of the backup, empty to derive it
+	Snapshot   adapters.Snapshot
+	Full       bool                   // a full backup is wanted
+	Whole      bool                   // one that reads every byte
+	Distrust   string                 // why the backend's changed blocks are not to be used
+	Source     audit.Source           // who lists changed blocks
+	Differs    bool                   // the backend can compare snapshots
+	ChunkSize  int64                  // of the repository, bytes
+	Existing   *repository.Backup     // what bears ID already
+	Unfinished *repository.Checkpoint // of ID
+	Backups    []repository.Backup    // of the volume
+	Snapshots  []adapters.Snapshot    // of the volume, verified, in the backend
 }
 
 // MakePlan decides. The base is the newest backup of the volume, in chunks of the same size and not suspect, whose
@@ -76,6 +81,10 @@ func MakePlan(f Facts) (Plan, error) {
 	p.facts = audit.Facts{Source: f.Source, TargetSize: s.Size, Smallest: s.Size, Largest: s.Size}
 	p.judge()
 	p.Whole = p.Whole || f.Whole
+	p.Unfinished = f.Unfinished
+	if f.resume(&p) {
+		return p, nil
+	}
 	switch {
 	case f.Full || f.Whole:
 		p.Reason = "asked for"
@@ -90,13 +99,8 @@ func MakePlan(f Facts) (Plan, error) {
 		p.Reason = f.Distrust
 		return p, nil
 	}
-	present := make(map[adapters.SnapshotID]adapters.Snapshot, len(f.Snapshots))
-	for _, s := range f.Snapshots {
-		present[s.ID] = s
-	}
 	for i, b := range f.Backups {
-		at, ok := present[b.Snapshot]
-		if !ok || b.Suspect != "" || !isOf(b, at) || at.Size != b.Size || at.State != adapters.Ready || at.Mark != adapters.Verified || b.ChunkSize != f.ChunkSize {
+		if !f.canBeBase(b) {
 			continue
 		}
 		if p.Base == nil || b.Created.After(p.Base.Created) {
@@ -108,15 +112,7 @@ func MakePlan(f Facts) (Plan, error) {
 		return p, nil
 	}
 	p.Kind, p.Reason = repository.Incremental, "since "+p.Base.Handle.String()
-	p.facts.BaseSize = p.Base.Size
-	p.facts.Quiet = p.Base.Consistency == adapters.FilesystemConsistent && s.Notes.Consistency == adapters.FilesystemConsistent
-	for _, b := range f.Backups {
-		p.facts.Smallest = min(p.facts.Smallest, b.Size)
-		if !b.Created.Before(p.Base.Created) {
-			p.facts.Largest = max(p.facts.Largest, b.Size)
-		}
-	}
-	p.judge()
+	f.judgeBase(&p)
 	return p, nil
 }
 
@@ -134,6 +130,52 @@ func (p *Plan) judge() {
 			p.Warnings = append(p.Warnings, f.String())
 		}
 	}
+}
+
+// canBeBase says that the backup's snapshot is still in the backend, as it was.
+func (f Facts) canBeBase(b repository.Backup) bool {
+	i := slices.IndexFunc(f.Snapshots, func(s adapters.Snapshot) bool { return s.ID == b.Snapshot })
+	if i < 0 {
+		return false
+	}
+	at := f.Snapshots[i]
+	return isOf(b, at) && at.Size == b.Size && at.State == adapters.Ready && at.Mark == adapters.Verified && b.ChunkSize == f.ChunkSize && b.Suspect == ""
+}
+
+// judgeBase lets it speak about the comparison with the base.
+func (f Facts) judgeBase(p *Plan) {
+	p.facts.BaseSize = p.Base.Size
+	p.facts.Quiet = p.Base.Consistency == adapters.FilesystemConsistent && f.Snapshot.Notes.Consistency == adapters.FilesystemConsistent
+	for _, b := range f.Backups {
+		p.facts.Smallest = min(p.facts.Smallest, b.Size)
+		if !b.Created.Before(p.Base.Created) {
+			p.facts.Largest = max(p.facts.Largest, b.Size)
+		}
+	}
+	p.judge()
+}
+
+// resume plans to continue an interrupted run, if that was of the same snapshot and the same base is still one, and if
+// what it was told by the backend may still be believed.
+func (f Facts) resume(p *Plan) bool {
+	c := f.Unfinished
+	if c == nil || !isOf(c.Backup, f.Snapshot) || c.Size != f.Snapshot.Size || c.ChunkSize != f.ChunkSize || f.Full && c.Kind != repository.Full || p.Whole {
+		return false
+	}
+	if c.Kind == repository.Incremental {
+		i := slices.IndexFunc(f.Backups, func(b repository.Backup) bool { return b.ID == c.Base && b.Image == c.BaseImage })
+		if !f.Differs || f.Distrust != "" || i < 0 || !f.canBeBase(f.Backups[i]) {
+			return false
+		}
+		judged := *p
+		judged.Base = &f.Backups[i]
+		if f.judgeBase(&judged); judged.Base == nil {
+			return false
+		}
+		*p = judged
+	}
+	p.Kind, p.Resume, p.Reason = c.Kind, c, fmt.Sprintf("continues an interrupted one at %d of %d bytes", c.Done, c.Size)
+	return true
 }
 
 // isOf says that b is of s, and not of another snapshot that had its name before.
@@ -180,6 +222,15 @@ func Prepare(ctx context.Context, q Request) (Plan, error) {
 		}
 	}
 	f.Existing = byID[f.ID]
+	unfinished, err := q.Repository.Checkpoints(ctx, repository.Filter{Volume: s.ID.Volume})
+	if err != nil {
+		return Plan{}, err
+	}
+	for i, c := range unfinished {
+		if c.ID == f.ID {
+			f.Unfinished = &unfinished[i]
+		}
+	}
 	if _, f.Differs = adapters.As[adapters.Differ](q.Adapter); f.Differs && f.Existing == nil && len(f.Backups) > 0 {
 		for s, err := range q.Adapter.Snapshots(ctx, adapters.Filter{Volume: s.ID.Volume}) {
 			if err != nil {

@@ -191,6 +191,7 @@ type comparer struct {
 	source   adapters.Image
 	progress *Progress
 	unit     int64 // bytes read at once
+	pool     *Pool
 	compared atomic.Int64
 	done     []cbt.Extent
 
@@ -223,22 +224,15 @@ func (c *comparer) run(ctx context.Context, extents []cbt.Extent, budget Budget)
 		}
 	}
 	c.unit = max(size, 1<<20)
-	buffers := make([]buffer, budget.workers(c.unit+4*size))
-	for i := range buffers {
-		b, err := newBuffer(c.unit)
-		if err != nil {
-			return err
-		}
-		defer b.free()
-		buffers[i] = b
-	}
+	c.pool = newPool(budget, c.unit, c.unit+4*size)
+	defer c.pool.Close()
 	for len(runs) > 0 {
 		n, length := 0, int64(0)
 		for n < len(runs) && length < batch {
 			length += runs[n].Length
 			n++
 		}
-		if err := c.batch(ctx, runs[:n], buffers); err != nil {
+		if err := c.batch(ctx, runs[:n]); err != nil {
 			return err
 		}
 		c.done, runs = append(c.done, runs[:n]...), runs[n:]
@@ -247,9 +241,9 @@ func (c *comparer) run(ctx context.Context, extents []cbt.Extent, budget Budget)
 }
 
 // batch compares runs, a unit at a time.
-func (c *comparer) batch(ctx context.Context, runs []cbt.Extent, buffers []buffer) error {
+func (c *comparer) batch(ctx context.Context, runs []cbt.Extent) error {
 	g, ctx := errgroup.WithContext(ctx)
-	pieces := make(chan cbt.Extent, len(buffers))
+	pieces := make(chan cbt.Extent, c.pool.workers())
 	g.Go(func() error {
 		defer close(pieces)
 		for _, e := range runs {
@@ -265,8 +259,13 @@ func (c *comparer) batch(ctx context.Context, runs []cbt.Extent, buffers []buffe
 		}
 		return nil
 	})
-	for _, b := range buffers {
+	for range c.pool.workers() {
 		g.Go(func() error {
+			b, err := c.pool.take(ctx)
+			if err != nil {
+				return err
+			}
+			defer c.pool.give(b)
 			for e := range pieces {
 				if err := c.compare(ctx, b.p, e.Offset, e.Length); err != nil {
 					return err
@@ -280,6 +279,9 @@ func (c *comparer) batch(ctx context.Context, runs []cbt.Extent, buffers []buffe
 
 // compare compares the chunks of a piece of a unit.
 func (c *comparer) compare(ctx context.Context, p []byte, at, length int64) error {
+	if err := c.pool.throttle(ctx, length); err != nil {
+		return err
+	}
 	if err := readFull(ctx, c.source, p, at, length); err != nil {
 		return err
 	}

@@ -77,7 +77,7 @@ func state(b repository.Backup) string {
 }
 
 // inRemotes calls f for each backup handle with its repository, opening each remote once.
-func (a *app) inRemotes(ctx context.Context, handles []string, f func(*repository.Repository, string) error) (err error) {
+func (a *app) inRemotes(ctx context.Context, handles []string, o repository.OpenOptions, f func(*repository.Repository, string) error) (err error) {
 	var parsed []repository.Handle
 	for _, s := range handles {
 		h, err := repository.ParseHandle(s)
@@ -97,7 +97,7 @@ func (a *app) inRemotes(ctx context.Context, handles []string, f func(*repositor
 		r, ok := open[h.Remote]
 		if !ok {
 			var err error
-			if r, err = a.repository(ctx, h.Remote); err != nil {
+			if r, err = a.openRepository(ctx, h.Remote, o); err != nil {
 				return err
 			}
 			open[h.Remote] = r

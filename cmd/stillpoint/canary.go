@@ -60,6 +60,8 @@ func (a *app) distrust(ctx context.Context, b adapters.Adapter, backend string) 
 	if id == "" {
 		return ""
 	}
+	a.canariesMu.Lock() // backups of one backend wait for its canary
+	defer a.canariesMu.Unlock()
 	if why, ok := a.canaries[backend]; ok {
 		return why
 	}

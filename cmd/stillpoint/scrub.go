@@ -18,6 +18,8 @@ func (a *app) scrubCommand() *cobra.Command {
 	var remote string
 	var all, whole bool
 	var days float64
+	var budget budgetFlags
+	var progress progressFlags
 	c := &cobra.Command{
 		Use:   "scrub (VOLUME... | --all)",
 		Short: "Compare what nobody looked at for longest with the snapshots, whatever the backends say of changed blocks",
@@ -33,15 +35,25 @@ the exit code is 6.`,
 			if days <= 0 {
 				return fault.Errorf(fault.Invalid, "--days %v: must be more than 0", days)
 			}
-			r, err := a.repository(c.Context(), remote)
+			b, err := budget.budget(1)
 			if err != nil {
 				return err
 			}
-			q := backup.ScrubRequest{Repository: r, Within: time.Duration(days * 24 * float64(time.Hour)), All: whole}
-			err = a.scrubs(c.Context(), q, args, all)
+			r, err := a.openRepository(c.Context(), remote, budget.open())
+			if err != nil {
+				return err
+			}
+			m, err := a.meter(c.Context(), progress)
+			if err == nil {
+				q := backup.ScrubRequest{Repository: r, Within: time.Duration(days * 24 * float64(time.Hour)), All: whole, Budget: b}
+				err = errors.Join(a.scrubs(c.Context(), m, q, args, all), m.Close())
+			}
 			return errors.Join(err, closeRepository(c.Context(), r))
 		},
 	}
+	budget.register(c)
+	c.Flags().Var(&budget.read, "read-limit", "bytes a second read from snapshots (default: no limit)")
+	progress.register(c)
 	remoteFlag(c, &remote)
 	c.Flags().BoolVar(&all, "all", false, "every volume that has backups in the remote")
 	c.Flags().BoolVar(&whole, "whole", false, "compare everything now, not only what is due")
@@ -51,7 +63,7 @@ the exit code is 6.`,
 
 // scrubs scrubs the volumes that were named, or all. With all, a volume whose backups have no snapshot any more is a
 // warning: there is nothing to compare with.
-func (a *app) scrubs(ctx context.Context, q backup.ScrubRequest, args []string, all bool) error {
+func (a *app) scrubs(ctx context.Context, m *meter, q backup.ScrubRequest, args []string, all bool) error {
 	volumes := args
 	if all {
 		found, err := q.Repository.Backups(ctx, repository.Filter{})
@@ -71,7 +83,7 @@ func (a *app) scrubs(ctx context.Context, q backup.ScrubRequest, args []string, 
 		if ctx.Err() != nil {
 			return errors.Join(append(errs, ctx.Err())...)
 		}
-		err := a.scrub(ctx, q, h)
+		err := a.scrub(ctx, m, q, h)
 		if all && errors.Is(err, fault.NotFound) {
 			warn(a.stderr, "%v", err)
 			continue
@@ -83,7 +95,7 @@ func (a *app) scrubs(ctx context.Context, q backup.ScrubRequest, args []string, 
 	return errors.Join(errs...)
 }
 
-func (a *app) scrub(ctx context.Context, q backup.ScrubRequest, handle string) error {
+func (a *app) scrub(ctx context.Context, m *meter, q backup.ScrubRequest, handle string) error {
 	b, id, err := a.volume(ctx, handle)
 	if err != nil {
 		return err
@@ -95,7 +107,7 @@ func (a *app) scrub(ctx context.Context, q backup.ScrubRequest, handle string) e
 	}
 	q.Adapter, q.Volume = b, id
 	var report backup.ScrubReport
-	err = a.withProgress(ctx, "scrub of "+id.ID, func(p *backup.Progress) (err error) {
+	err = m.run("scrub", id.String(), func(p *backup.Progress) (err error) {
 		q.Progress = p
 		report, err = backup.Scrub(ctx, q)
 		return err
