@@ -71,7 +71,7 @@ func denseBase(ctx context.Context, r *repository.Repository, a counted, store *
 	_, err = w.Commit(ctx, repository.Backup{
 		ID: "base", Volume: first.ID.Volume, Snapshot: first.ID, Kind: repository.Full, Size: first.Size, ChunkSize: r.ChunkSize(), Data: first.Size,
 		Created: first.Created, Started: time.Now(), Finished: time.Now(), Image: top,
-	}, nil)
+	}, func(context.Context, *repository.Image) error { return nil })
 	return err
 }
 
