@@ -88,6 +88,9 @@ func (r *Repository) corrupt(err error) error {
 	return err
 }
 
+// isCorrupt tells damage from a reader that did not come through.
+func isCorrupt(err error) bool { return fault.KindOf(err) == fault.Corrupt }
+
 // Size is the image's length in bytes.
 func (i *Image) Size() int64 { return i.size }
 

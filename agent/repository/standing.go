@@ -3,6 +3,8 @@ package repository
 import (
 	"context"
 	"time"
+
+	"github.com/kopia/kopia/repo"
 )
 
 // Standing is what was learnt about a backup after it was made. It is kept in records, by the backup's id.
@@ -28,6 +30,23 @@ type suspicion struct {
 // MarkVerified notes that every byte of the backup was read back and found right at that time.
 func (r *Repository) MarkVerified(ctx context.Context, id string, at time.Time) error {
 	return r.PutRecord(ctx, verifiedRecord, id, verification{at.UTC()})
+}
+
+// MarkAllVerified does that for several backups at once, which costs as many blobs as for one.
+func (r *Repository) MarkAllVerified(ctx context.Context, ids []string, at time.Time) error {
+	return r.session(ctx, "record verified", func(ctx context.Context, w repo.RepositoryWriter) error {
+		for _, id := range ids {
+			if _, err := w.ReplaceManifests(ctx, verifiedRecord.labels(id), verification{at.UTC()}); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// ClearSuspect takes a suspicion back.
+func (r *Repository) ClearSuspect(ctx context.Context, id string) error {
+	return r.DeleteRecord(ctx, suspectRecord, id)
 }
 
 // MarkSuspect notes that the backup may differ from the snapshot it was made of. Nothing takes it for a base again, and a
