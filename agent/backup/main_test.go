@@ -10,6 +10,7 @@ import (
 var children = map[string]func() error{
 	"kill":   killedChild,
 	"sparse": sparseChild,
+	"resume": resumedChild,
 }
 
 // testDir is for what tests share.

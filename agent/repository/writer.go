@@ -39,7 +39,7 @@ type session struct {
 
 // NewWriter begins. Close it.
 func (r *Repository) NewWriter(ctx context.Context) (*Writer, error) {
-	if err := sweepPartial(r.at.Path); err != nil {
+	if err := r.at.sweep(); err != nil {
 		return nil, r.at.fault("writing to", err)
 	}
 	w := &Writer{r: r, fresh: new(freshChunks)}

@@ -209,7 +209,7 @@ func (a *app) repository(ctx context.Context, remote string) (*repository.Reposi
 	if err != nil {
 		return nil, err
 	}
-	r, err := repository.Open(ctx, location, passphrase, repository.OpenOptions{Remote: remote})
+	r, err := repository.Open(ctx, location, passphrase, repository.OpenOptions{Remote: remote, Locks: locks()})
 	if err != nil {
 		return nil, fmt.Errorf("remote %q: %w", remote, err)
 	}
