@@ -312,6 +312,29 @@ func (c *checker) hurts(ctx context.Context, image *repository.Image) ([]Hurt, e
 	return append(hurts, others...), nil
 }
 
+// known finds what hurts a backup of what is known to be bad, without reading its chunks.
+func (c *checker) known(ctx context.Context, b repository.Backup) ([]Hurt, error) {
+	image, err := c.m.OpenImage(ctx, b)
+	if fault.KindOf(err) == fault.Corrupt {
+		return []Hurt{{Part: TopPart, Length: b.Size, Why: err.Error()}}, nil
+	} else if err != nil {
+		return nil, err
+	}
+	defer image.Close()
+	for n := range image.Segments() { // whatever was not looked at yet
+		s, _ := image.Segment(n)
+		if _, ok := c.segments[s]; ok {
+			continue
+		}
+		if _, err := image.Chunks(ctx, n); fault.KindOf(err) == fault.Corrupt {
+			c.breaks(s, err)
+		} else if err != nil {
+			return nil, err
+		}
+	}
+	return c.hurts(ctx, image)
+}
+
 // loose is a bad content that no backup was seen to refer to.
 type loose struct {
 	chunk repository.Chunk

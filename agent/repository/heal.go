@@ -35,7 +35,7 @@ const healFlush = 256 << 20
 func (m *Medium) NewHealer(ctx context.Context) (*Healer, error) {
 	r := m.r
 	if err := r.at.sweep(); err != nil {
-		return nil, err
+		return nil, r.at.fault("writing to", err)
 	}
 	_, k, err := r.kopia.NewDirectWriter(ctx, repo.WriteSessionOptions{Purpose: "stillpoint repair"})
 	if err != nil {
@@ -51,9 +51,6 @@ func (m *Medium) NewHealer(ctx context.Context) (*Healer, error) {
 	}
 	return h, nil
 }
-
-// sweep removes what killed writers left in a folder.
-func (l Location) sweep() error { return l.fault("writing to", sweepPartial(l.Path)) }
 
 // Flush makes what was stored part of the repository, durably.
 func (h *Healer) Flush(ctx context.Context) error {
@@ -203,13 +200,19 @@ func (r *Repository) description(ctx context.Context, b Backup) ([]part, error) 
 // imagine describes a backup without storing anything.
 func (r *Repository) imagine(ctx context.Context, b Backup) ([]part, Backup, error) {
 	var parts []part
-	s := &session{put: func(_ context.Context, p []byte, prefix content.IDPrefix, _ compression.HeaderID) (content.ID, error) {
+	_, err := r.describe(ctx, r.imagination(&parts), &b)
+	return parts, b, err
+}
+
+// imagination is a session that stores nothing, and collects what it would have stored.
+func (r *Repository) imagination(parts *[]part) *session {
+	return &session{put: func(_ context.Context, p []byte, prefix content.IDPrefix, _ compression.HeaderID) (content.ID, error) {
 		id := r.idOf(prefix, p)
-		parts = append(parts, part{id, bytes.Clone(p)})
+		if parts != nil {
+			*parts = append(*parts, part{id, bytes.Clone(p)})
+		}
 		return id, nil
 	}}
-	_, err := r.describe(ctx, s, &b)
-	return parts, b, err
 }
 
 // topLevelPiece is how kopia's FIXED-1M splitter, which the repository was made with, cuts a top level, in bytes.

@@ -19,6 +19,7 @@ import (
 // was opened. Its methods are safe in parallel. Close it.
 type Medium struct {
 	r     *Repository
+	in    blob.Reader
 	back  *reader
 	packs map[blob.ID]int64 // every pack that there is, with its length in bytes
 }
@@ -29,17 +30,25 @@ func (r *Repository) OpenMedium(ctx context.Context) (*Medium, error) {
 	if err != nil {
 		return nil, r.corrupt(err)
 	}
-	m := &Medium{r: r, back: back, packs: map[blob.ID]int64{}}
-	for _, prefix := range content.PackBlobIDPrefixes { // after the indexes, so that each pack they name is listed
-		err := r.kopia.BlobReader().ListBlobs(ctx, prefix, func(b blob.Metadata) error {
+	m := &Medium{r: r, in: r.medium, back: back, packs: map[blob.ID]int64{}}
+	if err := m.listPacks(ctx); err != nil {
+		return nil, errors.Join(err, back.close(ctx))
+	}
+	return m, nil
+}
+
+// listPacks comes after the indexes are loaded, so that each pack they name is listed.
+func (m *Medium) listPacks(ctx context.Context) error {
+	for _, prefix := range content.PackBlobIDPrefixes {
+		err := m.in.ListBlobs(ctx, prefix, func(b blob.Metadata) error {
 			m.packs[b.BlobID] = b.Length
 			return nil
 		})
 		if err != nil {
-			return nil, errors.Join(r.at.fault("listing", err), back.close(ctx))
+			return m.r.at.fault("listing", err)
 		}
 	}
-	return m, nil
+	return nil
 }
 
 // Close releases the indexes.
@@ -98,25 +107,42 @@ func (m *Medium) locate(ctx context.Context, id content.ID) (content.Info, error
 }
 
 // Parts names the contents of a backup that are neither segments nor chunks, as far as they can be known: its directory,
-// its description, and the start of its top level.
+// its description, and its top level.
 func (m *Medium) Parts(ctx context.Context, b Backup) []Chunk {
 	var parts []Chunk
-	for _, id := range []object.ID{b.root, b.Image.id} {
-		if index, ok := id.IndexObjectID(); ok {
-			id = index
-		}
+	add := func(id object.ID) {
 		if c, _, ok := id.ContentID(); ok {
 			parts = append(parts, Chunk{c})
 		}
 	}
+	add(b.root)
 	var directory snapshot.DirManifest
 	if err := m.r.readJSON(ctx, m.back.contents, b.root, &directory); err == nil {
 		for _, e := range directory.Entries {
-			if c, _, ok := e.ObjectID.ContentID(); ok {
-				parts = append(parts, Chunk{c})
+			add(e.ObjectID)
+		}
+	}
+	if made, err := m.r.description(ctx, b); err == nil {
+		for _, p := range made {
+			parts = append(parts, Chunk{p.id})
+		}
+	}
+	top := b.Image.id
+	if index, ok := top.IndexObjectID(); ok {
+		top = index
+	}
+	if index, ok := top.IndexObjectID(); ok { // of a top level in several contents
+		top = index
+		var pieces struct {
+			Entries []object.IndirectObjectEntry `json:"entries"`
+		}
+		if err := m.r.readJSON(ctx, m.back.contents, index, &pieces); err == nil {
+			for _, e := range pieces.Entries {
+				add(e.Object)
 			}
 		}
 	}
+	add(top)
 	return parts
 }
 
@@ -206,7 +232,7 @@ func (x *Reader) run(ctx context.Context, all []place, end int64, judge func(con
 		x.buf = make([]byte, end-start)
 	}
 	out := fixedBuffer{p: x.buf[:end-start]}
-	err := x.m.r.kopia.BlobReader().GetBlob(ctx, all[0].PackBlobID, start, end-start, &out)
+	err := x.m.in.GetBlob(ctx, all[0].PackBlobID, start, end-start, &out)
 	if err == nil && out.n < len(out.p) {
 		err = blob.ErrInvalidRange
 	}

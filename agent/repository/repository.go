@@ -145,6 +145,7 @@ func Open(ctx context.Context, at Location, passphrase adapters.Secret, o OpenOp
 	}
 	k, err := connect(ctx, at, medium, passphrase, o)
 	if err != nil {
+		err = diagnosed(ctx, at, medium, passphrase, o, err)
 		return nil, errors.Join(err, medium.Close(context.WithoutCancel(ctx)))
 	}
 	r := &Repository{
@@ -152,6 +153,7 @@ func Open(ctx context.Context, at Location, passphrase adapters.Secret, o OpenOp
 		hash: k.FormatManager().HashFunc(), locks: o.Locks,
 	}
 	if err := r.loadSettings(ctx); err != nil {
+		err = diagnosed(ctx, at, medium, passphrase, o, err)
 		return nil, errors.Join(err, r.Close(context.WithoutCancel(ctx)))
 	}
 	return r, nil

@@ -31,7 +31,7 @@ const maintenanceBlob = "kopia.maintenance"
 // missing index for one that never was: the backups in it would be lost in silence.
 func (m *Medium) Survey(ctx context.Context) ([]Rot, error) {
 	var rot []Rot
-	in := m.r.kopia.BlobReader()
+	in := m.in
 	if _, err := in.GetMetadata(ctx, format.KopiaBlobCfgBlobID); errors.Is(err, blob.ErrBlobNotFound) {
 		rot = append(rot, Rot{format.KopiaBlobCfgBlobID, "missing; kopia goes on as if no retention had been configured"})
 	} else if err != nil {
@@ -76,14 +76,14 @@ type sessionMarker struct {
 
 // sessions lists the markers. Kopia reads all of them or none.
 func (m *Medium) sessions(ctx context.Context) ([]sessionMarker, error) {
-	listed, err := blob.ListAllBlobs(ctx, m.r.kopia.BlobReader(), content.BlobIDPrefixSession)
+	listed, err := blob.ListAllBlobs(ctx, m.in, content.BlobIDPrefixSession)
 	if err != nil {
 		return nil, m.r.at.fault("listing", err)
 	}
 	var all []sessionMarker
 	for _, b := range listed {
 		s := sessionMarker{blob: b, id: content.SessionIDFromBlobID(b.BlobID)}
-		err := m.r.checkNamed(ctx, m.r.kopia.BlobReader(), m.back.contents.ContentFormat().Encryptor(), b.BlobID)
+		err := m.r.checkNamed(ctx, m.in, m.back.contents.ContentFormat().Encryptor(), b.BlobID)
 		if errors.Is(err, blob.ErrBlobNotFound) {
 			continue // the session has ended since
 		}
@@ -114,7 +114,7 @@ func epochOf(id blob.ID, prefix string) (int, bool) {
 // epochRot finds that the marker of the current epoch is gone: indexes of later epochs than the one after it are not
 // read by anybody.
 func (m *Medium) epochRot(ctx context.Context) ([]Rot, error) {
-	missing, err := missingEpoch(ctx, m.r.kopia.BlobReader())
+	missing, err := missingEpoch(ctx, m.in)
 	if err != nil || missing == 0 {
 		return nil, m.r.at.fault("listing", err)
 	}

@@ -73,8 +73,8 @@ func (r *Repository) checkNamed(ctx context.Context, in blob.Reader, e encryptio
 	if err != nil || len(hash) != hashLength {
 		return fault.Errorf(fault.Corrupt, "blob %s: not a name that kopia gives", id)
 	}
-	var packed bytes.Buffer
-	if err := in.GetBlob(ctx, id, 0, -1, growingBuffer{&packed}); err != nil {
+	var packed blobBytes
+	if err := in.GetBlob(ctx, id, 0, -1, &packed); err != nil {
 		return err
 	}
 	plain := bufferFor(e.Decrypt)
@@ -89,8 +89,3 @@ func (r *Repository) checkNamed(ctx context.Context, in blob.Reader, e encryptio
 	}
 	return nil
 }
-
-// growingBuffer takes what a blob storage reads.
-type growingBuffer struct{ *bytes.Buffer }
-
-func (b growingBuffer) Length() int { return b.Len() }
