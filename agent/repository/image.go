@@ -78,7 +78,7 @@ func (r *Repository) openImage(ctx context.Context, from content.Reader, b Backu
 
 // corrupt gives a reading error its kind: what kopia cannot read is Corrupt unless something else is known.
 func (r *Repository) corrupt(err error) error {
-	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+	if err == nil || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
 		return err
 	}
 	err = r.at.fault("reading", err)

@@ -36,7 +36,7 @@ type Mended struct {
 // markers of epochs and sessions, the manifests. It works where Open fails, and Open works after it. What is damaged is
 // made again from what else the repository has:
 //
-//   - kopia.repository from the copy that every pack begins with;
+//   - kopia.repository from its copy, which Init makes;
 //   - an index from the packs, each of which ends with an index of its own;
 //   - manifests of backups from the directories that they point at.
 //
@@ -129,7 +129,11 @@ func (d *mender) format(ctx context.Context) (*format.Manager, error) {
 	}
 	f, first := open(d.st)
 	if first == nil {
-		return f, nil
+		_, err := d.st.GetMetadata(ctx, format.KopiaBlobCfgBlobID)
+		if errors.Is(err, blob.ErrBlobNotFound) {
+			return f, d.blobConfig(ctx, f, err)
+		}
+		return f, d.at.fault("opening", err)
 	}
 	if k := fault.KindOf(d.at.fault("opening", first)); k != fault.Internal && k != fault.Corrupt {
 		return nil, d.at.fault("opening", first)
@@ -138,44 +142,58 @@ func (d *mender) format(ctx context.Context) (*format.Manager, error) {
 	if f, err := open(bare); err == nil {
 		return f, d.blobConfig(ctx, f, first)
 	}
-	packs, err := blob.ListAllBlobs(ctx, d.st, content.PackBlobIDPrefixSpecial)
-	if err != nil {
-		return nil, d.at.fault("listing", err)
+	var text blobBytes
+	if err := d.st.GetBlob(ctx, formatCopyID, 0, -1, &text); err != nil && !errors.Is(err, blob.ErrBlobNotFound) {
+		return nil, d.at.fault("reading", err)
 	}
-	tried := map[string]bool{}
-	for _, p := range packs {
-		text, err := format.RecoverFormatBlob(ctx, d.st, p.BlobID, p.Length)
-		if err != nil || tried[string(text)] {
-			continue
-		}
-		tried[string(text)] = true
-		bare.blobs[format.KopiaRepositoryBlobID] = text
-		f, err := open(bare)
-		if err != nil {
-			continue // of a time when there was another passphrase
-		}
-		d.note(Mended{Blob: format.KopiaRepositoryBlobID, Was: first.Error(), Done: "put back from the copy in " + string(p.BlobID)})
-		if !d.dry {
-			if err := d.st.PutBlob(ctx, format.KopiaRepositoryBlobID, blobText(text), blob.PutOptions{}); err != nil {
-				return nil, d.at.fault("writing to", err)
-			}
-		}
-		delete(bare.blobs, format.KopiaBlobCfgBlobID)
-		if sound, err := open(bare); err == nil {
-			return sound, nil
-		} else if fault.KindOf(d.at.fault("opening", err)) == fault.Unavailable {
-			return nil, d.at.fault("opening", err)
-		} else {
-			return f, d.blobConfig(ctx, f, err)
-		}
-	}
-	if errors.Is(first, format.ErrInvalidPassword) {
+	bare.blobs[format.KopiaRepositoryBlobID] = text.Bytes()
+	f, err := open(bare)
+	switch {
+	case err == nil:
+	case errors.Is(first, format.ErrInvalidPassword):
 		return nil, fault.Errorf(fault.Invalid, "repository %s: wrong passphrase", d.at)
-	}
-	if _, err := d.st.GetMetadata(ctx, format.KopiaRepositoryBlobID); errors.Is(err, blob.ErrBlobNotFound) && len(packs) == 0 {
+	case text.Len() == 0:
 		return nil, fault.Errorf(fault.NotFound, "repository %s: there is none; `stillpoint remote init` makes one", d.at)
+	default:
+		return nil, fault.Errorf(fault.Corrupt, "repository %s: %s cannot be read, and the passphrase does not open the copy of it either: %w", d.at, format.KopiaRepositoryBlobID, first)
 	}
-	return nil, fault.Errorf(fault.Corrupt, "repository %s: %s is damaged, and no pack has a copy of it that the passphrase opens: %w", d.at, format.KopiaRepositoryBlobID, first)
+	d.note(Mended{Blob: format.KopiaRepositoryBlobID, Was: first.Error(), Done: "put back from " + formatCopyID})
+	if !d.dry {
+		if err := d.st.PutBlob(ctx, format.KopiaRepositoryBlobID, blobText(text.Bytes()), blob.PutOptions{}); err != nil {
+			return nil, d.at.fault("writing to", err)
+		}
+	}
+	delete(bare.blobs, format.KopiaBlobCfgBlobID)
+	if whole, err := open(bare); err == nil {
+		return whole, nil
+	} else if k := fault.KindOf(d.at.fault("opening", err)); k != fault.Internal && k != fault.Corrupt {
+		return nil, d.at.fault("opening", err)
+	} else {
+		return f, d.blobConfig(ctx, f, err)
+	}
+}
+
+// formatCopyID is the blob with a copy of kopia.repository, which kopia does not know. Without the one or the other
+// nothing in the repository can be decrypted by anybody.
+const formatCopyID = format.KopiaRepositoryBlobID + ".copy"
+
+// copyFormat makes the copy, or makes it anew after a change of the passphrase. It says whether there was anything to do.
+func copyFormat(ctx context.Context, st blob.Storage, dry bool) (stale bool, err error) {
+	var original, copied blobBytes
+	if err := st.GetBlob(ctx, format.KopiaRepositoryBlobID, 0, -1, &original); err != nil {
+		return false, err
+	}
+	err = st.GetBlob(ctx, formatCopyID, 0, -1, &copied)
+	if err != nil && !errors.Is(err, blob.ErrBlobNotFound) {
+		return false, err
+	}
+	if err == nil && bytes.Equal(original.Bytes(), copied.Bytes()) {
+		return false, nil
+	}
+	if dry {
+		return true, nil
+	}
+	return true, st.PutBlob(ctx, formatCopyID, blobText(original.Bytes()), blob.PutOptions{})
 }
 
 // blobConfig writes kopia.blobcfg as it is in a repository of ours.
@@ -280,6 +298,13 @@ func (d *mender) housekeeping(ctx context.Context) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, r.Close(context.WithoutCancel(ctx))) }()
+	stale, err := copyFormat(ctx, d.st, d.dry)
+	if err != nil {
+		return d.at.fault("writing to", err)
+	}
+	if stale {
+		d.note(Mended{Blob: formatCopyID, Was: "not the same as " + format.KopiaRepositoryBlobID, Done: "written anew"})
+	}
 	m, err := r.OpenMedium(ctx)
 	if err != nil {
 		return err

@@ -101,6 +101,9 @@ func Init(ctx context.Context, at Location, passphrase adapters.Secret, o Option
 	} else if err != nil {
 		return at.fault("creating", err)
 	}
+	if _, err := copyFormat(ctx, st, false); err != nil {
+		return at.fault("creating", err)
+	}
 	host, err := hostOr(o.Host)
 	if err != nil {
 		return err

@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"github.com/kopia/kopia/repo/blob"
+	"github.com/kopia/kopia/repo/blob/readonly"
 	"github.com/kopia/kopia/repo/content"
 	"github.com/kopia/kopia/repo/content/index"
 	"github.com/kopia/kopia/repo/format"
@@ -36,6 +37,11 @@ func (m *Medium) Survey(ctx context.Context) ([]Rot, error) {
 		rot = append(rot, Rot{format.KopiaBlobCfgBlobID, "missing; kopia goes on as if no retention had been configured"})
 	} else if err != nil {
 		return nil, m.r.at.fault("reading", err)
+	}
+	if stale, err := copyFormat(ctx, readonly.NewWrapper(m.r.medium), true); err != nil {
+		return nil, m.r.at.fault("reading", err)
+	} else if stale {
+		rot = append(rot, Rot{formatCopyID, "not the same as " + format.KopiaRepositoryBlobID + ", which nobody can do without"})
 	}
 	if _, err := maintenance.GetSchedule(ctx, m.r.kopia); err != nil {
 		if err = m.r.corrupt(err); !isCorrupt(err) {
