@@ -186,8 +186,7 @@ func (w *sick) spoil(ids ...string) {
 		if err != nil {
 			w.t.Fatal(err)
 		}
-		path := filepath.Join(w.at.Path, pack[:1], pack[1:4], pack[4:]+".f")
-		f, err := os.OpenFile(path, os.O_RDWR, 0)
+		f, err := os.OpenFile(w.path(pack), os.O_RDWR, 0)
 		if err != nil {
 			w.t.Fatal(err)
 		}
@@ -202,6 +201,11 @@ func (w *sick) spoil(ids ...string) {
 		}
 		f.Close()
 	}
+}
+
+// path is the file of a pack.
+func (w *sick) path(pack string) string {
+	return filepath.Join(w.at.Path, pack[:1], pack[1:4], pack[4:]+".f")
 }
 
 // whole makes sure that nothing is wrong any more: every backup reads as it was, and a whole verification finds nothing.

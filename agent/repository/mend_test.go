@@ -17,6 +17,7 @@ import (
 	"github.com/kopia/kopia/repo/blob"
 	"github.com/kopia/kopia/repo/maintenance"
 
+	"stillpoint.io/stillpoint/adapters"
 	"stillpoint.io/stillpoint/fault"
 )
 
@@ -55,6 +56,16 @@ func newRotten(t *testing.T) *rotten {
 		t.Fatal(err)
 	}
 	return w
+}
+
+// copy is the same repository somewhere else.
+func (w *rotten) copy(t *testing.T) *rotten {
+	t.Helper()
+	c := &rotten{t: t, at: Location{Path: t.TempDir()}, last: w.last}
+	if err := os.CopyFS(c.at.Path, os.DirFS(w.at.Path)); err != nil {
+		t.Fatal(err)
+	}
+	return c
 }
 
 // newestPack is the metadata pack that was written last.
@@ -166,29 +177,37 @@ var damages = map[string]func(t *testing.T, w *rotten, path string){
 // Damage to any blob that makes a repository one is found and named; a dry run of Mend changes nothing; after Mend every
 // backup is listed as it was.
 func TestMend(t *testing.T) {
+	all := []string{"flipped", "cut short", "missing", "swapped"}
+	sound := newRotten(t)
+	found, want := sound.look()
+	if len(found) > 0 || len(want) != 2 {
+		t.Fatalf("%v, %v", found, want)
+	}
 	for _, c := range []struct {
-		prefix string // of the blobs that are damaged
-		no     string // a damage that nobody can see, and that does no harm
+		prefix  string // of the blobs that are damaged
+		damages []string
+		no      string // a damage that nobody can see, and that does no harm
 	}{
-		{prefix: "kopia.repository"}, {prefix: "kopia.repository.copy"}, {prefix: "kopia.blobcfg"}, {prefix: "kopia.maintenance", no: "missing"}, {prefix: "xn"}, {prefix: "s", no: "missing"}, {prefix: "manifest"},
+		{prefix: "kopia.repository", damages: []string{"flipped", "missing", "swapped"}},
+		{prefix: "kopia.repository.copy", damages: []string{"flipped", "missing"}},
+		{prefix: "kopia.blobcfg", damages: all},
+		{prefix: "kopia.maintenance", damages: all, no: "missing"},
+		{prefix: "xn", damages: all},
+		{prefix: "s", damages: all, no: "missing"},
+		{prefix: string(sound.last), damages: all},
 	} {
-		for name, damage := range damages {
+		for _, name := range c.damages {
 			t.Run(c.prefix+" "+name, func(t *testing.T) {
 				t.Parallel()
-				w := newRotten(t)
-				want := w.list()
-				prefix := c.prefix
-				if prefix == "manifest" {
-					prefix = string(w.last)
-				}
-				paths := w.find(prefix)
+				w := sound.copy(t)
+				paths := w.find(c.prefix)
 				for _, path := range paths {
-					damage(t, w, path)
+					damages[name](t, w, path)
 				}
-				found, err := w.look()
+				found, listed := w.look()
 				if c.no == name {
-					if len(found) > 0 || err != nil {
-						t.Errorf("harmless, yet found: %v, %v", found, err)
+					if len(found) > 0 || !maps.Equal(listed, want) {
+						t.Errorf("harmless, yet found: %v", found)
 					}
 					return
 				}
@@ -203,7 +222,7 @@ func TestMend(t *testing.T) {
 				if !maps.Equal(before, folderBlobs(t, w.at)) {
 					t.Error("a dry run changed something")
 				}
-				if prefix == "s" { // it might be alive
+				if c.prefix == "s" { // it might be alive
 					if !planned[0].Left {
 						t.Errorf("%+v", planned)
 					}
@@ -216,62 +235,89 @@ func TestMend(t *testing.T) {
 				if err != nil || len(mended) == 0 {
 					t.Fatalf("mended %+v: %v", mended, err)
 				}
-				if name != "missing" || prefix != "xn" { // what is not there cannot be named; the packs that it knew are
-					if !slices.ContainsFunc(mended, func(m Mended) bool { return strings.HasPrefix(m.Blob, prefix) }) {
-						t.Errorf("%s is not named: %+v", prefix, mended)
+				if name != "missing" || c.prefix != "xn" { // what is not there cannot be named; the packs that it knew are
+					if !slices.ContainsFunc(mended, func(m Mended) bool { return strings.HasPrefix(m.Blob, c.prefix) }) {
+						t.Errorf("it is not named: %+v", mended)
 					}
 				}
-				if found, err := w.look(); err != nil || len(found) > 0 {
-					t.Errorf("after Mend: %v, %v", found, err)
-				}
-				if got := w.list(); !maps.Equal(got, want) {
-					t.Errorf("listed: %v, want %v", got, want)
-				}
-				if again, err := Mend(t.Context(), w.at, secret, OpenOptions{Host: "test"}, false); err != nil || len(again) > 0 {
-					t.Errorf("once more: %+v, %v", again, err)
+				if found, listed := w.look(); len(found) > 0 || !maps.Equal(listed, want) {
+					t.Errorf("after Mend: %v; listed %v, want %v", found, listed, want)
 				}
 			})
 		}
 	}
 }
 
-// look opens the repository and surveys it. Whatever is wrong comes as words.
-func (w *rotten) look() ([]string, error) {
+// A wrong passphrase is that and not damage, and a place without a repository stays one.
+func TestMendRefuses(t *testing.T) {
+	at := mustInit(t, MinChunkSize)
+	if got, err := Mend(t.Context(), at, adapters.NewSecret("wrong"), OpenOptions{}, false); fault.KindOf(err) != fault.Invalid || len(got) > 0 {
+		t.Errorf("wrong passphrase: %+v, %v", got, err)
+	}
+	if got, err := Mend(t.Context(), Location{Path: t.TempDir()}, secret, OpenOptions{}, false); fault.KindOf(err) != fault.NotFound || len(got) > 0 {
+		t.Errorf("nothing there: %+v, %v", got, err)
+	}
+	if got, err := Mend(t.Context(), at, secret, OpenOptions{}, false); err != nil || len(got) > 0 {
+		t.Errorf("nothing wrong: %+v, %v", got, err)
+	}
+}
+
+// The marker of the current epoch is lost: kopia overlooks the indexes of the epochs after the next one.
+func TestLostEpoch(t *testing.T) {
+	w := newRotten(t)
+	for _, path := range w.find("xn") { // as if they had been written in epoch 5
+		name := filepath.Join(w.at.Path, strings.Replace(strings.TrimPrefix(path, w.at.Path), "n0_", "n5_", 1))
+		if !strings.Contains(name, "n5_") {
+			t.Fatalf("cannot rename %s", path)
+		}
+		if err := os.MkdirAll(filepath.Dir(name), 0o700); err == nil {
+			err = os.Rename(path, name)
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if _, err := Open(t.Context(), w.at, secret, OpenOptions{Host: "test"}); fault.KindOf(err) != fault.Corrupt || !strings.Contains(err.Error(), "xe5") {
+		t.Errorf("the error names no marker: %v", err)
+	}
+	mended, err := Mend(t.Context(), w.at, secret, OpenOptions{Host: "test"}, false)
+	if err != nil || len(mended) != 1 || mended[0].Blob != "xe5" {
+		t.Errorf("%+v, %v", mended, err)
+	}
+	if found, listed := w.look(); len(found) > 0 || len(listed) != 2 {
+		t.Errorf("%v, %v", found, listed)
+	}
+}
+
+// look opens the repository, surveys it and lists the backups with their images. Whatever is wrong comes as words.
+func (w *rotten) look() (found []string, listed map[string]string) {
+	w.t.Helper()
 	r, err := Open(w.t.Context(), w.at, secret, OpenOptions{Host: "test"})
 	if fault.KindOf(err) == fault.Corrupt {
 		return []string{err.Error()}, nil
 	} else if err != nil {
-		return nil, err
+		w.t.Fatal(err)
 	}
 	defer r.Close(context.Background())
 	m, err := r.OpenMedium(w.t.Context())
 	if err != nil {
-		return nil, err
+		w.t.Fatal(err)
 	}
 	defer m.Close(context.Background())
 	rot, err := m.Survey(w.t.Context())
-	var words []string
-	for _, r := range rot {
-		words = append(words, r.String())
-	}
-	return words, err
-}
-
-// list gives the backups and their images.
-func (w *rotten) list() map[string]string {
-	w.t.Helper()
-	r, err := Open(w.t.Context(), w.at, secret, OpenOptions{Host: "test"})
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	defer r.Close(context.Background())
+	for _, r := range rot {
+		found = append(found, r.String())
+	}
 	all, err := r.Backups(w.t.Context(), Filter{})
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	images := map[string]string{}
+	listed = map[string]string{}
 	for _, b := range all {
-		images[b.ID] = fmt.Sprint(b.Image, b.root)
+		listed[b.ID] = fmt.Sprint(b.Image, b.root)
 	}
-	return images
+	return found, listed
 }
