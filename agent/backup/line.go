@@ -80,7 +80,7 @@ type piece struct {
 func newLine(q Request, source adapters.Image, base *repository.Image, w *repository.Writer) *line {
 	l := &line{
 		r: q.Repository, w: w, source: source, base: base, progress: q.Progress, pool: q.Pool,
-		chunk: q.Repository.ChunkSize(), size: source.Size(), buffer: q.Pool.size, index: w.NewIndex(),
+		chunk: q.Repository.ChunkSize(), size: source.Size(), buffer: q.Pool.size, index: w.NewIndex(source.Size()),
 	}
 	if l.progress == nil {
 		l.progress = new(Progress)

@@ -51,7 +51,7 @@ func commit(r *Repository, id string, fill ...byte) (Backup, error) {
 		return Backup{}, err
 	}
 	defer w.Close(ctx)
-	x := w.NewIndex()
+	x := w.NewIndex(int64(len(fill)) * r.ChunkSize())
 	var chunks []Chunk
 	for _, b := range fill {
 		p := make([]byte, r.ChunkSize())

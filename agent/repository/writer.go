@@ -203,8 +203,10 @@ type Index struct {
 	size     int64
 }
 
-// NewIndex begins the top level.
-func (w *Writer) NewIndex() *Index { return &Index{w: w} }
+// NewIndex begins the top level of an image of size bytes.
+func (w *Writer) NewIndex(size int64) *Index {
+	return &Index{w: w, segments: make([]content.ID, 0, chunksIn(size, SegmentSize))}
+}
 
 // Add appends the next segment. All but the last have SegmentSize bytes.
 func (x *Index) Add(s Segment) error {
