@@ -5,8 +5,10 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"time"
 
 	"github.com/kopia/kopia/repo/blob"
+	"github.com/kopia/kopia/repo/blob/throttling"
 	"github.com/kopia/kopia/repo/content"
 	"github.com/kopia/kopia/repo/object"
 	"github.com/kopia/kopia/snapshot"
@@ -30,11 +32,26 @@ func (r *Repository) OpenMedium(ctx context.Context) (*Medium, error) {
 	if err != nil {
 		return nil, r.corrupt(err)
 	}
-	m := &Medium{r: r, in: r.medium, back: back, packs: map[blob.ID]int64{}}
+	in, err := r.limited()
+	if err != nil {
+		return nil, errors.Join(err, back.close(ctx))
+	}
+	m := &Medium{r: r, in: in, back: back, packs: map[blob.ID]int64{}}
 	if err := m.listPacks(ctx); err != nil {
 		return nil, errors.Join(err, back.close(ctx))
 	}
 	return m, nil
+}
+
+// limited is the medium within the bandwidth that the repository was opened with. Kopia has a limit of its own.
+func (r *Repository) limited() (blob.Reader, error) {
+	l := r.kopia.ClientOptions().Throttling
+	if l == nil || l.DownloadBytesPerSecond == 0 {
+		return r.medium, nil
+	}
+	const window, filled = time.Minute, 0.1 // as kopia has them
+	t, err := throttling.NewThrottler(throttling.Limits{DownloadBytesPerSecond: l.DownloadBytesPerSecond}, window, filled)
+	return throttling.NewWrapper(r.medium, t), err
 }
 
 // listPacks comes after the indexes are loaded, so that each pack they name is listed.

@@ -243,6 +243,12 @@ type Status struct {
 	Volumes   int       `json:"volumes"`
 	Newest    time.Time `json:"newest,omitzero"` // the instant of the newest snapshot that is backed up
 	Stored    int64     `json:"stored_bytes"`    // all blobs together
+	// Unverified is the backup that nobody has verified for the longest time, and since when: its last full verification,
+	// or that it was made.
+	Unverified      *Handle   `json:"unverified,omitempty"`
+	UnverifiedSince time.Time `json:"unverified_since,omitzero"`
+	NeverVerified   int       `json:"never_verified"` // backups
+	Suspect         int       `json:"suspect"`        // backups
 }
 
 // Status counts what is in the repository. It lists every blob.
@@ -260,6 +266,7 @@ func (r *Repository) Status(ctx context.Context) (Status, error) {
 		}
 	}
 	s.Volumes = len(volumes)
+	s.standing(backups)
 	err = r.kopia.BlobReader().ListBlobs(ctx, "", func(m blob.Metadata) error {
 		s.Stored += m.Length
 		return nil

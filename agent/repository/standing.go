@@ -55,6 +55,29 @@ func (r *Repository) MarkSuspect(ctx context.Context, id, why string) error {
 	return r.PutRecord(ctx, suspectRecord, id, suspicion{time.Now().UTC(), why})
 }
 
+// KnownSound is when the backup was last known to be whole: verified, or, if it never was, made.
+func (b Backup) KnownSound() time.Time {
+	if b.Verified.IsZero() {
+		return b.Finished
+	}
+	return b.Verified
+}
+
+// standing sums up what was learnt about the backups.
+func (s *Status) standing(all []Backup) {
+	for _, b := range all {
+		if since := b.KnownSound(); s.Unverified == nil || since.Before(s.UnverifiedSince) {
+			s.Unverified, s.UnverifiedSince = &b.Handle, since
+		}
+		if b.Verified.IsZero() {
+			s.NeverVerified++
+		}
+		if b.Suspect != "" {
+			s.Suspect++
+		}
+	}
+}
+
 // standings fills in what was learnt about backups.
 func (r *Repository) standings(ctx context.Context, all []Backup) error {
 	verified, err := Records[verification](ctx, r, verifiedRecord)

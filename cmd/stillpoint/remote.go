@@ -1,6 +1,8 @@
 package main
 
 import (
+	"time"
+
 	"github.com/spf13/cobra"
 
 	"stillpoint.io/stillpoint/agent/repository"
@@ -67,6 +69,10 @@ func (a *app) remoteStatusCommand() *cobra.Command {
 			a.say("chunk size  %v", bytesize(s.ChunkSize))
 			a.say("backups     %d of %d volumes", s.Backups, s.Volumes)
 			a.say("stored      %v", bytesize(s.Stored))
+			if s.Unverified != nil {
+				a.say("unverified  for %s at most: %s (%d of the backups were never verified)", age(time.Since(s.UnverifiedSince)), s.Unverified, s.NeverVerified)
+			}
+			a.say("suspect     %d", s.Suspect)
 			return nil
 		},
 	})
