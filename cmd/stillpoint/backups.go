@@ -57,23 +57,23 @@ func (a *app) listBackups(ctx context.Context, remote string, args []string) err
 		}
 		return nil
 	}
-	row, flush := a.table("BACKUP", "KIND", "SIZE", "DATA", "CREATED", "STATE", "SNAPSHOT")
+	row, flush := a.table("BACKUP", "KIND", "SIZE", "DATA", "CREATED", "VERIFIED", "SNAPSHOT")
 	for _, b := range found {
-		row(b.Handle, b.Kind, bytesize(b.Size), bytesize(b.Data), b.Created.Local().Format(time.DateTime), state(b), b.Snapshot)
+		row(b.Handle, b.Kind, bytesize(b.Size), bytesize(b.Data), b.Created.Local().Format(time.DateTime), verified(b), b.Snapshot)
 	}
 	return flush()
 }
 
-// state is what was learnt about a backup since it was made, in a word.
-func state(b repository.Backup) string {
-	switch {
-	case b.Suspect != "":
-		return "suspect"
-	case !b.Verified.IsZero():
-		return "verified " + b.Verified.Local().Format(time.DateOnly)
-	default:
-		return "complete"
+// verified tells how long ago a backup was verified, and that it is suspect.
+func verified(b repository.Backup) string {
+	s := "never"
+	if !b.Verified.IsZero() {
+		s = age(time.Since(b.Verified)) + " ago"
 	}
+	if b.Suspect != "" {
+		s += ", SUSPECT"
+	}
+	return s
 }
 
 // inRemotes calls f for each backup handle with its repository, opening each remote once.

@@ -77,6 +77,10 @@ func (a *app) remoteStatusCommand() *cobra.Command {
 			if len(looked) > 0 {
 				a.say("unaudited   %s", describeUnaudited(looked[0], time.Now()))
 			}
+			if s.Unverified != nil {
+				a.say("unverified  for %s at most: %s (%d of the backups were never verified)", age(time.Since(s.UnverifiedSince)), s.Unverified, s.NeverVerified)
+			}
+			a.say("suspect     %d", s.Suspect)
 			return nil
 		},
 	})
