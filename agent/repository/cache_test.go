@@ -11,6 +11,7 @@ import (
 
 	"github.com/kopia/kopia/repo/blob"
 
+	"stillpoint.io/stillpoint/fault"
 	"stillpoint.io/stillpoint/integration/lab"
 	"stillpoint.io/stillpoint/integration/s3"
 )
@@ -64,7 +65,13 @@ func readAll(t *testing.T, at Location, o OpenOptions) (contents [][]byte, err e
 
 // Indexes come from the cache and data from the store. Whatever happens to the cache, what is read is right.
 func TestCache(t *testing.T) {
-	p, at := proxied(t, 0)
+	for _, kind := range s3.Kinds {
+		t.Run(string(kind), func(t *testing.T) { testCache(t, kind) })
+	}
+}
+
+func testCache(t *testing.T, kind s3.Kind) {
+	p, at := proxied(t, kind, 0)
 	dir := t.TempDir()
 	plant(t, at)
 	cachedAt := at.with(func(s *S3) { s.Cache = dir })
@@ -272,5 +279,34 @@ func TestFullCache(t *testing.T) {
 			}
 		}
 		os.Remove(file)
+	}
+}
+
+// What was spoilt on its way from the store is fetched again and does not stay in the cache.
+func TestSpoiltDownloads(t *testing.T) {
+	for _, kind := range s3.Kinds {
+		t.Run(string(kind), func(t *testing.T) {
+			p, at := proxied(t, kind, 0)
+			r := mustOpen(t, plant(t, at), OpenOptions{})
+			if _, err := commit(r, "a", 1, 2, 3); err != nil {
+				t.Fatal(err)
+			}
+			for name, rule := range map[string]s3.Rule{
+				"an index of contents": {Method: "GET", Object: "xn0_", Times: 1},
+				"indexes, manifests":   {Method: "GET", Object: "q", Times: 1},
+				"data":                 {Method: "GET", Object: "p", Times: 1},
+			} {
+				from := at.with(func(s *S3) { s.Cache = t.TempDir() })
+				rule.Fault.FlipAnswer = true
+				p.Break(rule)
+				_, err := readAll(t, from, OpenOptions{})
+				if hit := p.Heal(); hit != 1 || err != nil && fault.KindOf(err) != fault.Corrupt || err != nil && (kind == s3.Versity || name == "data") {
+					t.Errorf("%s: disturbed %d: %v", name, hit, err)
+				}
+				if got, err := readAll(t, from, OpenOptions{}); err != nil || len(got) != 1 || got[0][0] != 1 {
+					t.Errorf("%s, afterwards: %v", name, err)
+				}
+			}
+		})
 	}
 }

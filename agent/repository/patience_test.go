@@ -18,16 +18,16 @@ import (
 )
 
 // proxied is a bucket behind a proxy, with patience for so long.
-func proxied(t *testing.T, patience time.Duration) (*s3.Proxy, Location) {
+func proxied(t *testing.T, kind s3.Kind, patience time.Duration) (*s3.Proxy, Location) {
 	t.Helper()
-	s := stores.Get(t, s3.Versity)
+	s := stores.Get(t, kind)
 	p := s3.NewProxy(t, s)
 	return p, bucketIn(t, s).with(func(l *S3) { l.Endpoint, l.Region, l.Patience = p.URL, s.Region, patience })
 }
 
 // What passes is waited for, whatever it is.
 func TestPatience(t *testing.T) {
-	p, at := proxied(t, 20*time.Second)
+	p, at := proxied(t, s3.Versity, 20*time.Second)
 	data := noise(1 << 20)
 	try := func(b *bucket) error {
 		if err := b.PutBlob(t.Context(), "x", slice(data), blob.PutOptions{}); err != nil {
@@ -82,7 +82,7 @@ func TestPatience(t *testing.T) {
 
 // What does not pass is not waited for; what lasts too long ends, with its kind.
 func TestImpatience(t *testing.T) {
-	p, at := proxied(t, 2*time.Second)
+	p, at := proxied(t, s3.Versity, 2*time.Second)
 	b := mustBucket(t, at)
 	put := func(ctx context.Context) error { return b.PutBlob(ctx, "x", slice("x"), blob.PutOptions{}) }
 	for name, c := range map[string]struct {
@@ -132,7 +132,7 @@ func TestImpatience(t *testing.T) {
 
 // An outage is told of, once a call, and without a secret.
 func TestOutageIsTold(t *testing.T) {
-	p, at := proxied(t, 3*time.Second)
+	p, at := proxied(t, s3.Versity, 3*time.Second)
 	var log bytes.Buffer
 	before := slog.Default()
 	slog.SetDefault(slog.New(slog.NewTextHandler(&log, nil)))

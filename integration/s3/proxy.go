@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/http/httputil"
 	"net/url"
+	"path"
 	"strconv"
 	"strings"
 	"sync"
@@ -38,7 +39,7 @@ type Request struct{ Method, Object, Query string }
 // Rule says which requests are disturbed, and how. Empty conditions hold for every request.
 type Rule struct {
 	Method string // GET, PUT, …
-	Object string // the object's name contains this
+	Object string // the object's name, behind the last /, begins with this
 	Query  string // the query contains this, as in "list-type"
 	Skip   int    // so many requests are let through before
 	Times  int    // so many are disturbed; 0: all from then on
@@ -161,7 +162,7 @@ func (p *Proxy) Seen() []Request {
 }
 
 func (r *Rule) fits(q Request) bool {
-	return (r.Method == "" || r.Method == q.Method) && strings.Contains(q.Object, r.Object) && strings.Contains(q.Query, r.Query)
+	return (r.Method == "" || r.Method == q.Method) && strings.HasPrefix(path.Base(q.Object), r.Object) && strings.Contains(q.Query, r.Query)
 }
 
 // ServeHTTP answers one request.
