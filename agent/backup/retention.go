@@ -193,7 +193,7 @@ func Bases(backups []repository.Backup, present Present) map[string]string {
 		})
 		switch {
 		case i >= 0:
-			bases[sound[i].ID] = "the next incremental backup needs it"
+			bases[sound[i].ID] = "the base of the next incremental backup"
 		case asked:
 			bases[sound[0].ID] = "the newest of its volume"
 		default:
@@ -204,7 +204,7 @@ func Bases(backups []repository.Backup, present Present) map[string]string {
 }
 
 // AskPresent asks the backends of backups which snapshots they still have. open gives a backend by its name.
-func AskPresent(ctx context.Context, backups []repository.Backup, open func(ctx context.Context, backend string) (adapters.Adapter, error)) (Present, error) {
+func AskPresent(ctx context.Context, backups []repository.Backup, open OpenBackend) (Present, error) {
 	present := Present{}
 	for _, volume := range byVolume(backups) {
 		id := volume[0].Volume
@@ -219,7 +219,7 @@ func AskPresent(ctx context.Context, backups []repository.Backup, open func(ctx 
 	return present, nil
 }
 
-func presentOf(ctx context.Context, id adapters.VolumeID, open func(context.Context, string) (adapters.Adapter, error)) (all []adapters.Snapshot, err error) {
+func presentOf(ctx context.Context, id adapters.VolumeID, open OpenBackend) (all []adapters.Snapshot, err error) {
 	a, err := open(ctx, id.Backend)
 	if err != nil {
 		return nil, err

@@ -342,7 +342,7 @@ func TestAskPresent(t *testing.T) {
 		t.Errorf("%v: %v", present, err)
 	}
 	bases := Bases([]repository.Backup{there, elsewhere}, present)
-	if !strings.Contains(bases["b0"], "next incremental") || !strings.Contains(bases["b1"], "cannot be asked") {
+	if !strings.Contains(bases["b0"], "base of the next") || !strings.Contains(bases["b1"], "cannot be asked") {
 		t.Errorf("%v", bases)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
