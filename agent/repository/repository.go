@@ -54,6 +54,8 @@ type OpenOptions struct {
 	Remote   string // the remote's name in handles, "default" if empty
 	Host     string // the cluster or host that backups are filed under, the machine's host name if empty
 	ReadOnly bool   // every change is refused, also by kopia
+
+	skews skews
 }
 
 // Repository is an open kopia repository. Its methods are safe in parallel. Close it. Nothing of it is kept on this
@@ -194,7 +196,7 @@ func connect(ctx context.Context, at Location, passphrase adapters.Secret, o Ope
 		return nil, at.fault("opening", err)
 	}
 	config, err := json.Marshal(repo.LocalConfig{
-		Storage: &blob.ConnectionInfo{Type: folderType, Config: &folderOptions{Path: at.Path}},
+		Storage: &blob.ConnectionInfo{Type: folderType, Config: &folderOptions{Path: at.Path, Skew: o.skews.medium}},
 		ClientOptions: repo.ClientOptions{
 			Hostname: o.Host, Username: userName, Description: at.String(), ReadOnly: o.ReadOnly,
 			FormatBlobCacheDuration: format.DefaultRepositoryBlobCacheDuration,
@@ -214,6 +216,7 @@ func connect(ctx context.Context, at Location, passphrase adapters.Secret, o Ope
 	}
 	k, err := repo.Open(ctx, file.Name(), passphrase.Reveal(), &repo.Options{
 		DisableRepositoryLog: true,
+		TimeNowFunc:          o.skews.now(),
 		DoNotWaitForUpgrade:  true,
 		OnFatalError:         func(error) {}, // the same error is returned; kopia's default ends the process
 	})

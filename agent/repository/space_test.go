@@ -17,10 +17,23 @@ import (
 	"stillpoint.io/stillpoint/fault"
 )
 
-// disk is a volume whose chunks each hold one number; 0 is a chunk of zeros.
+// disk is a volume whose chunks each begin with a number, and go on with zeros or with what does not compress; 0 is a
+// chunk of zeros.
 type disk struct {
 	name   string
 	chunks []uint64
+	random bool
+}
+
+func (d *disk) fill(p []byte, n uint64) {
+	clear(p)
+	binary.LittleEndian.PutUint64(p, n)
+	if d.random && n != 0 {
+		rng := rand.New(rand.NewPCG(n, 0))
+		for i := 8; i < len(p); i += 8 {
+			binary.LittleEndian.PutUint64(p[i:], rng.Uint64())
+		}
+	}
 }
 
 // store writes the disk as an image, its segments in whole as one that has no base does.
@@ -36,7 +49,7 @@ func (d *disk) store(ctx context.Context, w *Writer, x *Index) error {
 					return err
 				}
 			} else {
-				binary.LittleEndian.PutUint64(p, n)
+				d.fill(p, n)
 				var err error
 				if c, _, err = w.Write(ctx, p); err != nil {
 					return err
@@ -110,7 +123,7 @@ func (d *disk) check(ctx context.Context, r *Repository, b Backup) error {
 		if _, err := image.ReadAt(ctx, p, int64(i)*r.ChunkSize()); err != nil {
 			return fmt.Errorf("chunk %d: %w", i, err)
 		}
-		binary.LittleEndian.PutUint64(want, n)
+		d.fill(want, n)
 		if string(p) != string(want) {
 			return fmt.Errorf("%s: chunk %d differs", b.ID, i)
 		}
@@ -118,7 +131,7 @@ func (d *disk) check(ctx context.Context, r *Repository, b Backup) error {
 	return nil
 }
 
-func (d *disk) clone() *disk { return &disk{d.name, slices.Clone(d.chunks)} }
+func (d *disk) clone() *disk { return &disk{d.name, slices.Clone(d.chunks), d.random} }
 
 // reached is what kopia says that every snapshot refers to, by its name.
 func reached(t *testing.T, r *Repository) map[string]map[content.ID]bool {
