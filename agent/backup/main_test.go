@@ -8,8 +8,20 @@ import (
 
 // children are what this test program does when a test starts it again, by the value of childVariable.
 var children = map[string]func() error{
-	"kill":   killedChild,
-	"sparse": sparseChild,
+	"kill":    killedChild,
+	"sparse":  sparseChild,
+	"dense":   denseChild,
+	"restore": restoringChild,
+	"resume":  resumedChild,
+}
+
+// kills is how often a test kills: as often as it is made for, or as STILLPOINT_KILLS says, which `make soak` sets.
+func kills(otherwise int) int {
+	n := otherwise
+	if _, err := fmt.Sscan(os.Getenv("STILLPOINT_KILLS"), &n); err != nil {
+		return otherwise
+	}
+	return n
 }
 
 // testDir is for what tests share.

@@ -49,7 +49,7 @@ func manyBackups(b *testing.B) *Repository {
 				write(rng.IntN(chunks))
 			}
 		}
-		x := w.NewIndex()
+		x := w.NewIndex(chunks * r.ChunkSize())
 		for s := range segments {
 			part := all[s*each : min(len(all), (s+1)*each)]
 			if dirty[s] {

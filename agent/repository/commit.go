@@ -150,11 +150,7 @@ func (m *manifestReader) GetManifest(ctx context.Context, id manifest.ID, data a
 }
 
 func (r *Repository) reopen(ctx context.Context) (*reader, error) {
-	st, err := openFolder(ctx, &folderOptions{Path: r.at.Path}, false)
-	if err != nil {
-		return nil, r.at.fault("opening", err)
-	}
-	shared, err := content.NewSharedManager(ctx, readonly.NewWrapper(st), r.kopia.FormatManager(), nil, nil, nil, nil)
+	shared, err := content.NewSharedManager(ctx, readonly.NewWrapper(r.medium), r.kopia.FormatManager(), nil, nil, nil, nil)
 	if err != nil {
 		return nil, r.at.fault("opening", err)
 	}

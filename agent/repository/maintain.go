@@ -2,12 +2,9 @@ package repository
 
 import (
 	"context"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"os"
-	"path/filepath"
 	"slices"
 	"time"
 
@@ -16,7 +13,6 @@ import (
 	"github.com/kopia/kopia/repo/maintenance"
 	"github.com/kopia/kopia/repo/manifest"
 	"github.com/kopia/kopia/snapshot"
-	"golang.org/x/sys/unix"
 
 	"stillpoint.io/stillpoint/fault"
 )
@@ -26,9 +22,6 @@ type MaintainOptions struct {
 	Full     bool // the full cycle now, due or not
 	TakeOver bool // make this host the owner first
 	DryRun   bool // change nothing, only say what is due
-	// RunDir is a folder on this host, made if it is not there, in which those who maintain lock each other out. Everybody
-	// on a host must give the same one.
-	RunDir string
 }
 
 // Maintenance is what maintaining did, or would do.
@@ -56,7 +49,8 @@ const StaleCheckpoint = 7 * 24 * time.Hour
 
 // Maintain runs kopia's maintenance with its full safety times, as the package comment describes: what is due by kopia's
 // schedule (often nothing), or the full cycle. It may run beside backups, restores and everything else, and may be killed
-// at any point. Invalid: it belongs to another host, which the error names. Busy: somebody on this host is at it.
+// at any point. Those of one host lock each other out by OpenOptions.Locks, which must be given. Invalid: it belongs to
+// another host, which the error names. Busy: somebody on this host is at it.
 // Unavailable: a clock is wrong, and nothing can be judged by its age. Corrupt: a backup refers to what is not there;
 // nothing was freed.
 func (r *Repository) Maintain(ctx context.Context, o MaintainOptions) (Maintenance, error) {
@@ -80,13 +74,13 @@ func (r *Repository) Maintain(ctx context.Context, o MaintainOptions) (Maintenan
 	if o.DryRun {
 		return r.due(ctx, m, params, o.Full)
 	}
-	unlock, err := r.lockMaintenance(o.RunDir)
+	lock, err := r.lockMaintenance()
 	if err != nil {
 		return m, err
 	}
-	defer unlock()
+	defer lock.Close()
 	err = repo.DirectWriteSession(ctx, r.kopia, repo.WriteSessionOptions{Purpose: "stillpoint maintenance"}, func(ctx context.Context, w repo.DirectRepositoryWriter) error {
-		return r.maintain(ctx, &m, params, o, maintainer{w, filepath.Join(o.RunDir, r.lockName())})
+		return r.maintain(ctx, &m, params, o, maintainer{w, lock.Name()})
 	})
 	if fault.KindOf(err) == fault.Internal && err != nil {
 		err = r.at.fault("maintaining", err)
@@ -152,28 +146,17 @@ type maintainer struct {
 
 func (m maintainer) ConfigFilename() string { return m.config }
 
-// lockName is the repository's file in the folder of locks, without what follows the last point.
-func (r *Repository) lockName() string {
-	return "maintenance-" + hex.EncodeToString(r.kopia.UniqueID())
-}
-
-// lockMaintenance keeps others on this host out. The file stays: one that is removed can be locked twice.
-func (r *Repository) lockMaintenance(dir string) (unlock func(), err error) {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return nil, fault.Errorf(fault.Invalid, "the folder of locks: %w", err)
+// lockMaintenance keeps others on this host out: kopia's own lock, which is a file beside this one, would make them
+// believe that they were done.
+func (r *Repository) lockMaintenance() (*os.File, error) {
+	if r.locks == "" {
+		return nil, fault.Errorf(fault.Invalid, "repository %s: maintenance needs a folder for locks", r.at)
 	}
-	file, err := os.OpenFile(filepath.Join(dir, r.lockName()+".lock"), os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		return nil, fault.Errorf(fault.Invalid, "the folder of locks: %w", err)
+	file, err := r.lockName("maintenance", "the maintenance of "+r.at.String())
+	if errors.Is(err, fault.Busy) {
+		return nil, fault.Errorf(fault.Busy, "repository %s: somebody on this host is maintaining it", r.at)
 	}
-	if err := unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		file.Close()
-		if errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, fault.Errorf(fault.Busy, "repository %s: somebody on this host is maintaining it", r.at)
-		}
-		return nil, fmt.Errorf("locking %s: %w", file.Name(), err)
-	}
-	return func() { file.Close() }, nil
+	return file, err
 }
 
 // maxSkew is how far clocks may differ, as kopia has it.

@@ -28,12 +28,11 @@ func newAged(t *testing.T) *aged {
 func (a *aged) pass(d time.Duration) {
 	a.t.Helper()
 	a.now += d
-	a.repo = mustOpen(a.t, a.at, OpenOptions{}.Skewed(a.now, a.now))
+	a.repo = mustOpen(a.t, a.at, OpenOptions{Locks: a.run}.Skewed(a.now, a.now))
 }
 
 func (a *aged) maintain(o MaintainOptions) Maintenance {
 	a.t.Helper()
-	o.RunDir = a.run
 	m, err := a.repo.Maintain(a.t.Context(), o)
 	if err != nil {
 		a.t.Fatal(err)
@@ -178,7 +177,7 @@ func TestDeletedContentsComeBack(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	x := w.NewIndex()
+	x := w.NewIndex(base.Size)
 	for n := range image.Segments() {
 		s, _ := image.Segment(n)
 		if err := x.Add(s); err != nil {

@@ -75,7 +75,7 @@ func (d *disk) backup(ctx context.Context, r *Repository, id string, at time.Tim
 		return Backup{}, err
 	}
 	defer w.Close(ctx)
-	x := w.NewIndex()
+	x := w.NewIndex(int64(len(d.chunks)) * w.r.ChunkSize())
 	if err := d.store(ctx, w, x); err != nil {
 		return Backup{}, err
 	}
@@ -104,7 +104,7 @@ func (d *disk) checkpoint(ctx context.Context, r *Repository, id string, at time
 		return err
 	}
 	defer w.Close(ctx)
-	x := w.NewIndex()
+	x := w.NewIndex(int64(len(d.chunks)) * w.r.ChunkSize())
 	if err := d.store(ctx, w, x); err != nil {
 		return err
 	}

@@ -39,7 +39,7 @@ type session struct {
 
 // NewWriter begins. Close it.
 func (r *Repository) NewWriter(ctx context.Context) (*Writer, error) {
-	if err := sweepPartial(r.at.Path); err != nil {
+	if err := r.at.sweep(); err != nil {
 		return nil, r.at.fault("writing to", err)
 	}
 	w := &Writer{r: r, fresh: new(freshChunks)}
@@ -200,8 +200,10 @@ type Index struct {
 	size     int64
 }
 
-// NewIndex begins the top level.
-func (w *Writer) NewIndex() *Index { return &Index{w: w} }
+// NewIndex begins the top level of an image of size bytes.
+func (w *Writer) NewIndex(size int64) *Index {
+	return &Index{w: w, segments: make([]content.ID, 0, chunksIn(size, SegmentSize))}
+}
 
 // Add appends the next segment. All but the last have SegmentSize bytes.
 func (x *Index) Add(s Segment) error {

@@ -79,12 +79,12 @@ func (a *app) filter(ctx context.Context, volume string) (repository.Filter, err
 }
 
 // inRemotes calls f for each backup handle with its repository, opening each remote once.
-func (a *app) inRemotes(ctx context.Context, handles []string, f func(*repository.Repository, string) error) error {
-	return a.inRemotesThen(ctx, handles, f, func() error { return nil })
+func (a *app) inRemotes(ctx context.Context, handles []string, o repository.OpenOptions, f func(*repository.Repository, string) error) error {
+	return a.inRemotesThen(ctx, handles, o, f, func() error { return nil })
 }
 
 // inRemotesThen is inRemotes, with something to do at the end if all went well, while the remotes are still open.
-func (a *app) inRemotesThen(ctx context.Context, handles []string, f func(*repository.Repository, string) error, then func() error) (err error) {
+func (a *app) inRemotesThen(ctx context.Context, handles []string, o repository.OpenOptions, f func(*repository.Repository, string) error, then func() error) (err error) {
 	var parsed []repository.Handle
 	for _, s := range handles {
 		h, err := repository.ParseHandle(s)
@@ -104,7 +104,7 @@ func (a *app) inRemotesThen(ctx context.Context, handles []string, f func(*repos
 		r, ok := open[h.Remote]
 		if !ok {
 			var err error
-			if r, err = a.repository(ctx, h.Remote); err != nil {
+			if r, err = a.openRepository(ctx, h.Remote, o); err != nil {
 				return err
 			}
 			open[h.Remote] = r

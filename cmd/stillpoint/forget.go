@@ -111,7 +111,7 @@ func (a *app) forgetNamed(ctx context.Context, names []string, f forgetFlags) er
 		}
 		return nil
 	}
-	return a.inRemotesThen(ctx, names, collect, func() error {
+	return a.inRemotesThen(ctx, names, repository.OpenOptions{}, collect, func() error {
 		for _, r := range remotes { // all of them, before anything is forgotten
 			if f.force {
 				break

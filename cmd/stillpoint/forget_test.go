@@ -18,7 +18,7 @@ func commitEmpty(t *testing.T, r *repository.Repository, volume, id string, at t
 	if err != nil {
 		t.Fatal(err)
 	}
-	x := w.NewIndex()
+	x := w.NewIndex(r.ChunkSize())
 	s, err := w.WriteZeroSegment(t.Context(), r.ChunkSize())
 	if err == nil {
 		err = x.Add(s)
