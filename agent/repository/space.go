@@ -21,7 +21,7 @@ type Space struct {
 	Unfinished  int64         `json:"unfinished_bytes"`  // that only checkpoints, and kopia's own snapshots, refer to
 	Manifests   int64         `json:"manifest_bytes"`    // manifests and records
 	Reclaimable int64         `json:"reclaimable_bytes"` // that nothing refers to: maintenance frees it in time
-	Volumes     []VolumeSpace `json:"volumes"`           // by handle
+	Volumes     []VolumeSpace `json:"-"`                 // by handle
 }
 
 // VolumeSpace is what the backups of a volume take up.

@@ -13,7 +13,7 @@ func (a *app) remoteCommand() *cobra.Command {
 		Args:  cobra.ArbitraryArgs,
 		RunE:  subcommand,
 	}
-	c.AddCommand(a.remoteInitCommand(), a.remoteStatusCommand())
+	c.AddCommand(a.remoteInitCommand(), a.remoteStatusCommand(), a.remoteMaintainCommand())
 	return c
 }
 
