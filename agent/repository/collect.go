@@ -1,6 +1,7 @@
 package repository
 
 import (
+	"cmp"
 	"context"
 	"time"
 
@@ -9,6 +10,8 @@ import (
 	"github.com/kopia/kopia/repo/maintenance"
 	"github.com/kopia/kopia/repo/maintenancestats"
 	"github.com/kopia/kopia/repo/manifest"
+
+	"stillpoint.io/stillpoint/fault"
 )
 
 // collect marks the contents as deleted that no snapshot refers to, and takes the mark from those that one refers to
@@ -24,7 +27,10 @@ func (r *Repository) collect(ctx context.Context, w repo.DirectRepositoryWriter,
 			return nil, err
 		}
 		refs, err := r.refer(ctx, from, all, func(int) int { return 0 })
-		if err != nil {
+		if fault.KindOf(err) == fault.Corrupt {
+			_, named := r.refer(ctx, from, all, func(n int) int { return n }) // slower, and knows whose it is
+			return nil, cmp.Or(named, err)
+		} else if err != nil {
 			return nil, err
 		}
 		return sweep(ctx, w, started, func(id content.ID) bool {
