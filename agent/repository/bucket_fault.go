@@ -21,6 +21,9 @@ import (
 // storeFault gives an error of an S3 client its kind and says what to do. What is missing or out of range becomes kopia's
 // word for it, without a kind: whether that is a fault is for others to say.
 func storeFault(err error) error {
+	if err == nil {
+		return nil
+	}
 	var answer minio.ErrorResponse
 	if errors.As(err, &answer) {
 		return answerFault(answer)

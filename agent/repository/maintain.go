@@ -159,9 +159,6 @@ func (r *Repository) lockMaintenance() (*os.File, error) {
 	return file, err
 }
 
-// maxSkew is how far clocks may differ, as kopia has it.
-const maxSkew = 5 * time.Minute
-
 // checkClocks refuses when ages cannot be trusted: when kopia's clock and the medium's differ, which kopia checks as well
 // but only after it has put off the next maintenance by the wrong clock, and when a maintenance was later than now.
 func (r *Repository) checkClocks(ctx context.Context, w repo.DirectRepositoryWriter) (*maintenance.Schedule, error) {

@@ -9,11 +9,11 @@ import (
 func (a *app) remoteCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "remote",
-		Short: "Create or look at a remote's repository",
+		Short: "Try a remote, create or look at its repository",
 		Args:  cobra.ArbitraryArgs,
 		RunE:  subcommand,
 	}
-	c.AddCommand(a.remoteInitCommand(), a.remoteStatusCommand(), a.remoteMaintainCommand())
+	c.AddCommand(a.remoteInitCommand(), a.remoteStatusCommand(), a.remoteMaintainCommand(), a.remoteCheckCommand())
 	return c
 }
 
