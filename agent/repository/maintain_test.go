@@ -277,7 +277,9 @@ func TestCollectIsKopias(t *testing.T) {
 		}
 		return stats(s.Runs[maintenance.TaskSnapshotGarbageCollection][0])
 	}
-	ours := judge(func(ctx context.Context, w repo.DirectRepositoryWriter) error { return a.repo.collect(ctx, w, w.Time()) })
+	ours := judge(func(ctx context.Context, w repo.DirectRepositoryWriter) error {
+		return a.repo.collect(ctx, w, w.Time())
+	})
 	a.pass(25 * time.Hour) // a mark makes a content young
 	theirs := judge(func(ctx context.Context, w repo.DirectRepositoryWriter) error {
 		return snapshotgc.Run(ctx, w, true, maintenance.SafetyFull, w.Time())
