@@ -37,6 +37,14 @@
 // So the id of disk.img is a digest of every byte, an index costs about 110 bytes for each chunk and segment that
 // changed, and every backup is complete: an incremental differs from a full one only in what had to be done for it.
 //
+// An unfinished backup is kept by a checkpoint, which to kopia is an incomplete snapshot of the same source: a folder with
+// disk.img as far as it is done (whole segments from the start), and for an incremental base.img, its base's image, so
+// that kopia's maintenance leaves alone what will be referred to. Two tags say what it is: checkpoint (the backup's id)
+// and stillpoint-checkpoint (done, taken, and the description of the backup so far). It goes when the backup is
+// committed, or a newer one of the volume.
+//
+// A record is a manifest with the label type=stillpoint-KIND and a label key: what was learnt about backups and volumes.
+//
 // # Promises
 //
 // No blob is rewritten in place, except those that kopia's own maintenance owns. A backup is listed only after its data

@@ -47,6 +47,8 @@ type OpenOptions struct {
 	Locks    string // a folder for locks between the processes of this host, see Lock; empty: there are none
 	// UploadBytes and DownloadBytes bound what goes to the medium and comes from it, in bytes a second; 0: no limit.
 	UploadBytes, DownloadBytes int64
+
+	skews skews
 }
 
 // Repository is an open kopia repository. Its methods are safe in parallel. Close it. Nothing of it is kept on this
@@ -189,8 +191,12 @@ func connect(ctx context.Context, at Location, medium blob.Storage, passphrase a
 	if err != nil {
 		return nil, err
 	}
+	storage := at.connection(id, !o.Uncached)
+	if f, ok := storage.Config.(*folderOptions); ok {
+		f.Skew = o.skews.medium
+	}
 	config, err := json.Marshal(repo.LocalConfig{
-		Storage: at.connection(id, !o.Uncached),
+		Storage: storage,
 		ClientOptions: repo.ClientOptions{
 			Hostname: o.Host, Username: userName, Description: at.String(), ReadOnly: o.ReadOnly,
 			Throttling:              &throttling.Limits{UploadBytesPerSecond: float64(o.UploadBytes), DownloadBytesPerSecond: float64(o.DownloadBytes)},
@@ -211,6 +217,7 @@ func connect(ctx context.Context, at Location, medium blob.Storage, passphrase a
 	}
 	k, err := repo.Open(ctx, file.Name(), passphrase.Reveal(), &repo.Options{
 		DisableRepositoryLog: true,
+		TimeNowFunc:          o.skews.now(),
 		DoNotWaitForUpgrade:  true,
 		OnFatalError:         func(error) {}, // the same error is returned; kopia's default ends the process
 	})

@@ -43,20 +43,6 @@ func (f *ageFlag) Set(s string) error {
 	return nil
 }
 
-// age prints a time span as people read it: by its two largest units, or fewer.
-func age(d time.Duration) string {
-	switch h := int(d.Hours()); {
-	case d < time.Minute:
-		return fmt.Sprintf("%ds", int(d.Seconds()))
-	case h < 1:
-		return fmt.Sprintf("%dm", int(d.Minutes()))
-	case h < 48:
-		return fmt.Sprintf("%dh", h)
-	default:
-		return fmt.Sprintf("%dd", h/24)
-	}
-}
-
 // verifyFlags say what to verify, and how.
 type verifyFlags struct {
 	all, quick bool
