@@ -3,7 +3,6 @@ package repository
 import (
 	"context"
 	"errors"
-	"slices"
 	"time"
 
 	"github.com/kopia/kopia/repo/blob"
@@ -160,68 +159,4 @@ func (m *Medium) Parts(ctx context.Context, b Backup) []Chunk {
 	}
 	add(top)
 	return parts
-}
-
-// NewReader makes a reader that checks what is on the medium, with a buffer of at least ReadBuffer bytes.
-func (m *Medium) NewReader(buf []byte) *Reader {
-	return &Reader{r: m.r, in: m.in, locate: m.locate, unpack: m.r.unpacker(m.back.contents.ContentFormat().Encryptor()), buf: buf}
-}
-
-// Rest gives the work of checking what the index of all contents has and was not seen before: what no backup refers to,
-// and all that is not a chunk. Whoever dedupes a new chunk against one that nobody reads any more must be able to rely on
-// it. What is missing is judged at once.
-func (m *Medium) Rest(ctx context.Context, seen *ChunkSet, judge func(Chunk, error)) ([]func(context.Context, *Reader) error, error) {
-	var all []place
-	err := m.back.contents.IterateContents(ctx, content.IterateOptions{}, func(i content.Info) error {
-		if !i.ContentID.HasPrefix() && seen.Has(Chunk{i.ContentID}) {
-			return nil
-		}
-		located, err := m.locate(ctx, i.ContentID)
-		if fault.KindOf(err) == fault.Corrupt {
-			judge(Chunk{i.ContentID}, err)
-			return nil
-		} else if err != nil {
-			return err
-		}
-		all = append(all, place{Info: located, length: -1})
-		return nil
-	})
-	if err != nil {
-		return nil, m.r.corrupt(err)
-	}
-	sortPlaces(all)
-	var work []func(context.Context, *Reader) error
-	for part := range slices.Chunk(all, 64) {
-		work = append(work, func(ctx context.Context, x *Reader) error {
-			return x.check(ctx, part, func(p content.Info, err error) { judge(Chunk{p.ContentID}, err) })
-		})
-	}
-	return work, nil
-}
-
-// ChunkSet is a set of chunks, of about 25 bytes for each. It is not safe in parallel.
-type ChunkSet struct{ m map[[16]byte]struct{} }
-
-// half is enough of a chunk's name: 128 bits of a digest.
-func half(c Chunk) (h [16]byte) {
-	copy(h[:], c.id.Hash())
-	return h
-}
-
-// Add says whether the chunk is new.
-func (s *ChunkSet) Add(c Chunk) bool {
-	if s.Has(c) {
-		return false
-	}
-	if s.m == nil {
-		s.m = map[[16]byte]struct{}{}
-	}
-	s.m[half(c)] = struct{}{}
-	return true
-}
-
-// Has says whether the chunk is in the set.
-func (s *ChunkSet) Has(c Chunk) bool {
-	_, ok := s.m[half(c)]
-	return ok
 }
