@@ -42,6 +42,7 @@ import (
 
 	"stillpoint.io/stillpoint/adapters"
 	"stillpoint.io/stillpoint/cbt"
+	"stillpoint.io/stillpoint/cbt/audit"
 	"stillpoint.io/stillpoint/fault"
 )
 
@@ -91,6 +92,7 @@ func (a *Adapter) Capabilities() adapters.Capabilities {
 		Changed:     "extent addresses (FIEMAP) of the two files, exact to the filesystem's block",
 		PointInTime: "the return of ioctl_ficlonerange(2): later writes to the volume go to other blocks",
 		Confidence:  cbt.Exact,
+		Source:      audit.Source{Name: "fiemap"},
 		NodeLocal:   true,
 	}
 }

@@ -41,6 +41,7 @@ type RestoreRequest struct {
 	Volume    adapters.VolumeID
 	Size      int64 // bytes; 0: the source's, or the existing volume's. What is beyond the source reads as zeros
 	Overwrite bool  // write over an existing volume
+	Suspect   bool  // restore a backup even if it is suspect
 	GiveUp    bool  // remove what an interrupted restore of this source left, and make nothing
 	Budget    Budget
 	Progress  *Progress // may be nil
@@ -59,8 +60,8 @@ type RestoreReport struct {
 }
 
 // Restore makes the source into a volume, or writes it over one. Invalid: the volume would be smaller than the source.
-// Corrupt: something in the repository is not what it must be; a new volume is then not made, an overwritten one is
-// overwritten in part.
+// Corrupt: the backup is suspect, or something in the repository is not what it must be; a new volume is then not made,
+// an overwritten one is overwritten in part.
 //
 // A restore that was interrupted keeps what it wrote; the same restore again continues it. From a backup, whatever the
 // target holds already is compared with the backup's digests and neither read from the repository nor written again;
@@ -71,7 +72,12 @@ func Restore(ctx context.Context, q RestoreRequest) (RestoreReport, error) {
 	if err != nil {
 		return RestoreReport{}, err
 	}
-	report, err := restore(ctx, q, from)
+	var report RestoreReport
+	if from.suspect != "" && !q.Suspect && !q.GiveUp {
+		err = fault.Errorf(fault.Corrupt, "the backup is suspect: %s; restore another, or insist on this one (--suspect)", from.suspect)
+	} else {
+		report, err = restore(ctx, q, from)
+	}
 	if err = errors.Join(err, from.image.Close()); err != nil {
 		return RestoreReport{}, fmt.Errorf("restoring %s to %s: %w", from.handle, q.Volume, err)
 	}
@@ -86,6 +92,7 @@ type opened struct {
 	handle  string
 	token   string // the same for the same content
 	chunk   int64  // what reads should be whole multiples of
+	suspect string // why it may be wrong, of a backup that is suspect
 }
 
 func (s Source) open(ctx context.Context) (opened, error) {
@@ -98,7 +105,7 @@ func (s Source) open(ctx context.Context) (opened, error) {
 		if err != nil {
 			return opened{}, fmt.Errorf("backup %s: %w", b.Handle, err)
 		}
-		return opened{image, image.Extents(ctx), b.Handle.String(), b.Handle.String() + " " + b.Image.String(), s.repository.ChunkSize()}, nil
+		return opened{image, image.Extents(ctx), b.Handle.String(), b.Handle.String() + " " + b.Image.String(), s.repository.ChunkSize(), b.Suspect}, nil
 	}
 	found, err := s.adapter.Snapshot(ctx, s.snapshot)
 	if err != nil {
@@ -118,7 +125,7 @@ func (s Source) open(ctx context.Context) (opened, error) {
 		return opened{}, errors.Join(err, image.Close())
 	}
 	handle := found.ID.String()
-	return opened{image, extents, handle, found.ID.Full() + found.Created.String(), chunk}, nil
+	return opened{image, extents, handle, found.ID.Full() + found.Created.String(), chunk, ""}, nil
 }
 
 func restore(ctx context.Context, q RestoreRequest, from opened) (RestoreReport, error) {

@@ -133,6 +133,20 @@ func (r *Repository) OpenPart(ctx context.Context, c Checkpoint) (*Image, error)
 	return r.OpenImage(ctx, part)
 }
 
+// GiveUp deletes the checkpoints of a backup that is not to be continued.
+func (r *Repository) GiveUp(ctx context.Context, id string) error {
+	found, err := r.kopia.FindManifests(ctx, map[string]string{manifest.TypeLabelKey: snapshot.ManifestType, checkpointLabel: id})
+	if err != nil {
+		return r.corrupt(err)
+	}
+	for _, e := range found {
+		if err := r.deleteManifest(ctx, e.ID); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // dropCheckpoints deletes, in a session that is about to commit b, the checkpoints that b makes worthless: its own, and
 // those of older snapshots of the volume.
 func (r *Repository) dropCheckpoints(ctx context.Context, s *session, b Backup) error {

@@ -78,7 +78,7 @@ func (r *Repository) openImage(ctx context.Context, from content.Reader, b Backu
 
 // corrupt gives a reading error its kind: what kopia cannot read is Corrupt unless something else is known.
 func (r *Repository) corrupt(err error) error {
-	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+	if err == nil || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
 		return err
 	}
 	err = r.at.fault("reading", err)
@@ -87,6 +87,9 @@ func (r *Repository) corrupt(err error) error {
 	}
 	return err
 }
+
+// isCorrupt tells damage from a reader that did not come through.
+func isCorrupt(err error) bool { return fault.KindOf(err) == fault.Corrupt }
 
 // Size is the image's length in bytes.
 func (i *Image) Size() int64 { return i.size }

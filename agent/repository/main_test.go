@@ -19,6 +19,9 @@ var children = map[string]func() error{
 
 const childVariable = "STILLPOINT_REPOSITORY_TEST_CHILD"
 
+// testDir is for what tests share.
+var testDir string
+
 func TestMain(m *testing.M) {
 	if run, ok := children[os.Getenv(childVariable)]; ok {
 		if err := run(); err != nil {
@@ -27,7 +30,13 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
+	var err error
+	if testDir, err = os.MkdirTemp("", "stillpoint-repository-"); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
 	code := m.Run()
+	os.RemoveAll(testDir)
 	if err := stores.Close(); err != nil {
 		fmt.Fprintln(os.Stderr, "stopping the stores:", err)
 		code = 1

@@ -103,6 +103,9 @@ func Init(ctx context.Context, at Location, passphrase adapters.Secret, o Option
 	} else if err != nil {
 		return at.fault("creating", err)
 	}
+	if _, err := copyFormat(ctx, st, false); err != nil {
+		return at.fault("creating", err)
+	}
 	host, err := hostOr(o.Host)
 	if err != nil {
 		return err
@@ -147,6 +150,7 @@ func Open(ctx context.Context, at Location, passphrase adapters.Secret, o OpenOp
 	}
 	k, err := connect(ctx, at, medium, passphrase, o)
 	if err != nil {
+		err = diagnosed(ctx, at, medium, passphrase, o, err)
 		return nil, errors.Join(err, medium.Close(context.WithoutCancel(ctx)))
 	}
 	r := &Repository{
@@ -154,6 +158,7 @@ func Open(ctx context.Context, at Location, passphrase adapters.Secret, o OpenOp
 		hash: k.FormatManager().HashFunc(), locks: o.Locks,
 	}
 	if err := r.loadSettings(ctx); err != nil {
+		err = diagnosed(ctx, at, medium, passphrase, o, err)
 		return nil, errors.Join(err, r.Close(context.WithoutCancel(ctx)))
 	}
 	return r, nil
@@ -245,6 +250,12 @@ type Status struct {
 	Volumes   int       `json:"volumes"`
 	Newest    time.Time `json:"newest,omitzero"` // the instant of the newest snapshot that is backed up
 	Stored    int64     `json:"stored_bytes"`    // all blobs together
+	// Unverified is the backup that nobody has verified for the longest time, and since when: its last full verification,
+	// or that it was made.
+	Unverified      *Handle   `json:"unverified,omitempty"`
+	UnverifiedSince time.Time `json:"unverified_since,omitzero"`
+	NeverVerified   int       `json:"never_verified"` // backups
+	Suspect         int       `json:"suspect"`        // backups
 }
 
 // Status counts what is in the repository. It lists every blob.
@@ -262,6 +273,7 @@ func (r *Repository) Status(ctx context.Context) (Status, error) {
 		}
 	}
 	s.Volumes = len(volumes)
+	s.standing(backups)
 	err = r.kopia.BlobReader().ListBlobs(ctx, "", func(m blob.Metadata) error {
 		s.Stored += m.Length
 		return nil

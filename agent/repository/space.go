@@ -93,18 +93,18 @@ func (r *Repository) Space(ctx context.Context) (Space, error) {
 	return s, r.at.fault("listing", err)
 }
 
-// place is where a backup's numbers go.
-type place struct {
+// tally is where a backup's numbers go.
+type tally struct {
 	space *VolumeSpace
 	at    map[int]int // of a backup's number, its place in the volume's backups
 }
 
-func volumesOf(backups []Backup) map[adapters.VolumeID]*place {
-	all := map[adapters.VolumeID]*place{}
+func volumesOf(backups []Backup) map[adapters.VolumeID]*tally {
+	all := map[adapters.VolumeID]*tally{}
 	for n, b := range backups {
 		v := all[b.Volume]
 		if v == nil {
-			v = &place{&VolumeSpace{Volume: b.Volume}, map[int]int{}}
+			v = &tally{&VolumeSpace{Volume: b.Volume}, map[int]int{}}
 			all[b.Volume] = v
 		}
 		v.at[n] = len(v.space.Backups)
@@ -115,7 +115,7 @@ func volumesOf(backups []Backup) map[adapters.VolumeID]*place {
 }
 
 // add counts bytes that a set of members refers to.
-func (s *Space) add(sets *memberSets, set setID, stored int64, backups []Backup, volumes map[adapters.VolumeID]*place) {
+func (s *Space) add(sets *memberSets, set setID, stored int64, backups []Backup, volumes map[adapters.VolumeID]*tally) {
 	members := slices.Collect(sets.members(set))
 	of := map[adapters.VolumeID]bool{}
 	for _, m := range members {

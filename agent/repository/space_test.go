@@ -85,7 +85,7 @@ func (d *disk) backup(ctx context.Context, r *Repository, id string, at time.Tim
 	}
 	b := d.describe(r, id, at)
 	b.Image = image
-	return w.Commit(ctx, b, []int64{0})
+	return w.Commit(ctx, b, readsBack(0))
 }
 
 func (d *disk) describe(r *Repository, id string, at time.Time) Backup {

@@ -166,6 +166,9 @@ type Segment struct {
 	Length int64 // bytes
 }
 
+// Index is the content that holds the segment's index.
+func (s Segment) Index() Chunk { return Chunk{s.id} }
+
 var indexBuffers = sync.Pool{New: func() any { return new([]byte) }}
 
 // WriteSegment stores the index of a segment's chunks, which are in order and without a gap.

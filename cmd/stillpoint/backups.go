@@ -52,11 +52,23 @@ func (a *app) listBackups(ctx context.Context, remote string, args []string) err
 		}
 		return nil
 	}
-	row, flush := a.table("BACKUP", "KIND", "SIZE", "DATA", "CREATED", "SNAPSHOT")
+	row, flush := a.table("BACKUP", "KIND", "SIZE", "DATA", "CREATED", "VERIFIED", "SNAPSHOT")
 	for _, b := range found {
-		row(b.Handle, b.Kind, bytesize(b.Size), bytesize(b.Data), b.Created.Local().Format(time.DateTime), b.Snapshot)
+		row(b.Handle, b.Kind, bytesize(b.Size), bytesize(b.Data), b.Created.Local().Format(time.DateTime), verified(b), b.Snapshot)
 	}
 	return flush()
+}
+
+// verified tells how long ago a backup was verified, and that it is suspect.
+func verified(b repository.Backup) string {
+	s := "never"
+	if !b.Verified.IsZero() {
+		s = age(time.Since(b.Verified)) + " ago"
+	}
+	if b.Suspect != "" {
+		s += ", SUSPECT"
+	}
+	return s
 }
 
 // filter narrows a listing to a volume, if it is not empty.

@@ -28,6 +28,7 @@ type backendConfig struct {
 	Adapter     string            `json:"adapter"`
 	Parameters  map[string]string `json:"parameters"`
 	SecretFiles map[string]string `json:"secret-files"`
+	Canary      string            `json:"canary"` // id of the volume on which `backup` tries the backend's changed blocks first
 }
 
 // loadConfig reads the file, or makes the configuration that holds without one. Unknown keys are errors.

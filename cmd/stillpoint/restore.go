@@ -12,7 +12,7 @@ import (
 )
 
 func (a *app) restoreCommand() *cobra.Command {
-	var overwrite, giveUp bool
+	var overwrite, suspect, giveUp bool
 	var budget budgetFlags
 	var progress progressFlags
 	c := &cobra.Command{
@@ -28,7 +28,7 @@ removes it instead. Over an existing volume only what differs is fetched and wri
 			if err != nil {
 				return err
 			}
-			q := backup.RestoreRequest{Target: target, Volume: id, Overwrite: overwrite, GiveUp: giveUp}
+			q := backup.RestoreRequest{Target: target, Volume: id, Overwrite: overwrite, Suspect: suspect, GiveUp: giveUp}
 			if q.Budget, err = budget.budget(1); err != nil {
 				return err
 			}
@@ -52,6 +52,7 @@ removes it instead. Over an existing volume only what differs is fetched and wri
 		},
 	}
 	c.Flags().BoolVar(&overwrite, "overwrite", false, "write over the existing volume TARGET-VOLUME, which must not be in use")
+	c.Flags().BoolVar(&suspect, "suspect", false, "restore a backup even if it is suspect: it may differ from its snapshot")
 	c.Flags().BoolVar(&giveUp, "give-up", false, "remove what an interrupted restore of this backup to TARGET-VOLUME left")
 	budget.registerReading(c)
 	progress.register(c)
