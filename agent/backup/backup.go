@@ -94,6 +94,8 @@ type Report struct {
 // it is not verified, or the id belongs to a backup of something else. Exhausted: the repository is full.
 func Run(ctx context.Context, q Request) (Report, error) {
 	started := time.Now()
+	ctx, end := repository.Operation(ctx)
+	defer end()
 	p, err := Prepare(ctx, q)
 	if err != nil {
 		return Report{}, err

@@ -61,6 +61,8 @@ type RestoreReport struct {
 // overwritten in part. A restore that died is repeated from its start.
 func Restore(ctx context.Context, q RestoreRequest) (RestoreReport, error) {
 	started := time.Now()
+	ctx, end := repository.Operation(ctx)
+	defer end()
 	from, err := q.Source.open(ctx)
 	if err != nil {
 		return RestoreReport{}, err

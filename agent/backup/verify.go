@@ -37,6 +37,8 @@ const badMax = 100 // so many of what is wrong are reported in words
 // that cannot be restored bit for bit is a report together with an error of kind Corrupt.
 func Verify(ctx context.Context, q VerifyRequest) (VerifyReport, error) {
 	started := time.Now()
+	ctx, end := repository.Operation(ctx)
+	defer end()
 	b, err := q.Repository.Backup(ctx, q.ID)
 	if err != nil {
 		return VerifyReport{}, err

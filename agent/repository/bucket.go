@@ -183,7 +183,7 @@ func (b *bucket) get(ctx context.Context, id blob.ID, offset, length int64, outp
 			return err
 		}
 		if verified = right(); !verified && length < 0 && info.ChecksumSHA256 != "" {
-			return fault.Errorf(fault.Corrupt, "what comes from the store does not have the checksum that the store keeps of it")
+			return fault.Errorf(fault.Corrupt, "other bytes come from the store than it keeps, by its own checksum: look at proxies, network cards and memory on the way")
 		}
 		return blob.EnsureLengthExactly(output.Length(), length)
 	})
@@ -281,7 +281,10 @@ func (b *bucket) ListBlobs(ctx context.Context, prefix blob.ID, callback func(bl
 		}
 		return ctx.Err()
 	})
-	return cmp.Or(stopped, err)
+	if stopped != nil {
+		return stopped
+	}
+	return gaveUp(ctx, err)
 }
 
 // ConnectionInfo says which bucket it is and leaves out who we are there.

@@ -30,7 +30,15 @@ const (
 // that knows nothing of what was written; the manifest is written and made durable; it is read back the same way. If
 // another process committed the same id meanwhile, its backup is returned when it is of the same snapshot, and the
 // error is Busy when it is not.
-func (w *Writer) Commit(ctx context.Context, b Backup, sample []int64) (Backup, error) {
+func (w *Writer) Commit(ctx context.Context, b Backup, sample []int64) (got Backup, err error) {
+	err = within(ctx, func(ctx context.Context) error {
+		got, err = w.commit(ctx, b, sample)
+		return err
+	})
+	return got, err
+}
+
+func (w *Writer) commit(ctx context.Context, b Backup, sample []int64) (Backup, error) {
 	m, err := w.describe(ctx, &b)
 	if err != nil {
 		return Backup{}, err
@@ -172,7 +180,7 @@ func (b *reader) check(ctx context.Context, want Backup, sample []int64) error {
 // CheckDescription makes sure that what the repository says about a backup in three places (manifest, directory,
 // volume.json) is one and the same. Corrupt if it is not.
 func (r *Repository) CheckDescription(ctx context.Context, b Backup) error {
-	return r.checkDescription(ctx, r.kopia.ContentReader(), b)
+	return within(ctx, func(ctx context.Context) error { return r.checkDescription(ctx, r.kopia.ContentReader(), b) })
 }
 
 func (r *Repository) checkDescription(ctx context.Context, from content.Reader, b Backup) error {

@@ -40,6 +40,10 @@ func (r *Repository) PutRecord(ctx context.Context, kind RecordKind, key string,
 
 // DeleteRecord removes a record. One that does not exist is success.
 func (r *Repository) DeleteRecord(ctx context.Context, kind RecordKind, key string) error {
+	return within(ctx, func(ctx context.Context) error { return r.deleteRecord(ctx, kind, key) })
+}
+
+func (r *Repository) deleteRecord(ctx context.Context, kind RecordKind, key string) error {
 	found, err := r.kopia.FindManifests(ctx, kind.labels(key))
 	if err != nil {
 		return r.corrupt(err)
@@ -59,7 +63,15 @@ func (r *Repository) DeleteRecord(ctx context.Context, kind RecordKind, key stri
 
 // Records reads all records of a kind, by key. T is what they decode to. It sees what other processes put as far as the
 // repository was refreshed: Backups does that.
-func Records[T any](ctx context.Context, r *Repository, kind RecordKind) (map[string]T, error) {
+func Records[T any](ctx context.Context, r *Repository, kind RecordKind) (all map[string]T, err error) {
+	err = within(ctx, func(ctx context.Context) error {
+		all, err = records[T](ctx, r, kind)
+		return err
+	})
+	return all, err
+}
+
+func records[T any](ctx context.Context, r *Repository, kind RecordKind) (map[string]T, error) {
 	found, err := r.kopia.FindManifests(ctx, kind.labels(""))
 	if err != nil {
 		return nil, r.corrupt(err)
@@ -82,7 +94,9 @@ func Records[T any](ctx context.Context, r *Repository, kind RecordKind) (map[st
 
 // session changes manifests and makes that durable.
 func (r *Repository) session(ctx context.Context, purpose string, change func(context.Context, repo.RepositoryWriter) error) error {
-	err := repo.WriteSession(ctx, r.kopia, repo.WriteSessionOptions{Purpose: "stillpoint " + purpose}, change)
+	err := within(ctx, func(ctx context.Context) error {
+		return repo.WriteSession(ctx, r.kopia, repo.WriteSessionOptions{Purpose: "stillpoint " + purpose}, change)
+	})
 	if fault.KindOf(err) == fault.Internal {
 		return r.at.fault("writing to", err)
 	}

@@ -47,15 +47,19 @@ func (r *Repository) NewWriter(ctx context.Context) (*Writer, error) {
 		s.list[0] = p
 		b := argument(m.WriteContent)
 		b.Slices = s.list[:]
+		ctx, end := Operation(ctx)
+		defer end()
 		id, err := m.WriteContent(ctx, b, prefix, comp)
 		s.list[0] = nil
-		return id, r.at.fault("writing to", err)
+		return id, r.at.fault("writing to", reason(ctx, err))
 	}
 	return w, nil
 }
 
 // Close ends the session. Without a Commit nothing of it will ever be seen.
-func (w *Writer) Close(ctx context.Context) error { return w.r.at.fault("closing", w.kopia.Close(ctx)) }
+func (w *Writer) Close(ctx context.Context) error {
+	return w.r.at.fault("closing", within(ctx, w.kopia.Close))
+}
 
 // Stored is how many bytes went to the repository so far, compressed and with indexes.
 func (w *Writer) Stored() int64 { return w.stored.Load() }
@@ -78,15 +82,23 @@ func (w *Writer) Write(ctx context.Context, p []byte) (c Chunk, fresh bool, err 
 		return Chunk{}, false, err
 	}
 	// The repository's own view does not see what this session has not flushed.
-	info, err := w.r.kopia.ContentInfo(ctx, c.id)
-	known := err == nil && !info.Deleted
-	return c, !known && w.fresh.add(c), nil
+	return c, !has(ctx, w.r.kopia, c.id) && w.fresh.add(c), nil
+}
+
+// has says whether a content is known to be there.
+func has(ctx context.Context, k interface {
+	ContentInfo(ctx context.Context, id content.ID) (content.Info, error)
+}, id content.ID) bool {
+	ctx, end := Operation(ctx)
+	defer end()
+	info, err := k.ContentInfo(ctx, id)
+	return err == nil && !info.Deleted
 }
 
 // WriteZero stores length zero bytes, at most the chunk size, if the repository has them not yet.
 func (w *Writer) WriteZero(ctx context.Context, length int64) (Chunk, error) {
 	c := w.r.ZeroChunk(length)
-	if info, err := w.kopia.ContentInfo(ctx, c.id); err == nil && !info.Deleted {
+	if has(ctx, w.kopia, c.id) {
 		return c, nil
 	}
 	_, err := w.put(ctx, make([]byte, length), "", chunkCompressor)
@@ -140,7 +152,7 @@ func (w *Writer) WriteSegment(ctx context.Context, chunks []Chunk, length int64)
 // WriteZeroSegment stores the index of an all-zero segment, if the repository has it not yet.
 func (w *Writer) WriteZeroSegment(ctx context.Context, length int64) (Segment, error) {
 	id := w.r.zeroSegment(length)
-	if info, err := w.kopia.ContentInfo(ctx, id); err == nil && !info.Deleted {
+	if has(ctx, w.kopia, id) {
 		return Segment{id, length}, nil
 	}
 	for off := int64(0); off < length; off += w.r.ChunkSize() {
@@ -154,6 +166,8 @@ func (w *Writer) WriteZeroSegment(ctx context.Context, length int64) (Segment, e
 // Index is the top level of an image's index, written segment by segment. It is not safe in parallel.
 type Index struct {
 	w    *Writer
+	ctx  context.Context // of the writes
+	end  func()
 	out  object.Writer
 	buf  []byte
 	size int64
@@ -161,8 +175,9 @@ type Index struct {
 
 // NewIndex begins the top level. Close it.
 func (w *Writer) NewIndex(ctx context.Context) *Index {
+	ctx, end := Operation(ctx)
 	out := w.kopia.NewObjectWriter(ctx, object.WriterOptions{Description: "disk.img", Prefix: indexPrefix, Compressor: "zstd-fastest", MetadataCompressor: "zstd-fastest"})
-	return &Index{w: w, out: out, buf: append(make([]byte, 0, 64<<10), indexHead...)}
+	return &Index{w: w, ctx: ctx, end: end, out: out, buf: append(make([]byte, 0, 64<<10), indexHead...)}
 }
 
 // Add appends the next segment. All but the last have SegmentSize bytes.
@@ -184,7 +199,7 @@ func (x *Index) Add(s Segment) error {
 func (x *Index) flush() error {
 	_, err := x.out.Write(x.buf)
 	x.buf = x.buf[:0]
-	return x.w.r.at.fault("writing to", err)
+	return x.w.r.at.fault("writing to", reason(x.ctx, err))
 }
 
 // Finish stores the top level. An image of no bytes is an empty object.
@@ -199,13 +214,16 @@ func (x *Index) Finish(ctx context.Context) (ImageID, error) {
 	}
 	index, err := x.out.Result()
 	if err != nil {
-		return ImageID{}, x.w.r.at.fault("writing to", err)
+		return ImageID{}, x.w.r.at.fault("writing to", reason(x.ctx, err))
 	}
 	return parseImageID("I" + index.String())
 }
 
 // Close releases the index, finished or not.
-func (x *Index) Close() error { return x.out.Close() }
+func (x *Index) Close() error {
+	defer x.end()
+	return x.out.Close()
+}
 
 // ImageID is kopia's id of an image: a digest of all of it.
 type ImageID struct{ id object.ID }
