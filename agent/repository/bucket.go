@@ -130,10 +130,10 @@ func openBucket(at *S3) (*bucket, error) {
 	return &bucket{at: at, prefix: at.prefix(), core: minio.Core{Client: client}, transport: transport, patience: patience}, nil
 }
 
-// impatient is the same bucket for the first call, which a mistyped address should not make wait for minutes.
-func (b *bucket) impatient() *bucket {
+// impatient is the same bucket with a part of the patience, for calls of which a mistyped address should not make minutes.
+func (b *bucket) impatient(part time.Duration) *bucket {
 	quick := *b
-	quick.patience.longest /= 20
+	quick.patience.longest /= part
 	return &quick
 }
 

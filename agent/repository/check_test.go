@@ -113,7 +113,7 @@ func TestCheckObjectLock(t *testing.T) {
 
 // What is wrong with a store is named, in the step where it shows, and the check cleans up.
 func TestCheckFinds(t *testing.T) {
-	p, good := proxied(t, s3.Versity, 2*time.Second)
+	p, good := proxied(t, s3.Versity, 20*time.Second)
 	s := stores.Get(t, s3.Versity)
 	for name, c := range map[string]struct {
 		rules  []s3.Rule
