@@ -35,7 +35,7 @@ func newChecker(m *repository.Medium, quick bool, budget Budget, progress *Progr
 		progress = new(Progress)
 	}
 	return &checker{
-		m: m, quick: quick, progress: progress, workers: budget.workers(m.ReadBuffer() + checkMemory(m.Repository().ChunkSize())),
+		m: m, quick: quick, progress: progress, workers: budget.workers(m.Repository().ReadBuffer() + checkMemory(m.Repository().ChunkSize())),
 		segments: map[repository.Segment]int64{}, broken: map[repository.Segment]string{}, bad: map[repository.Chunk]string{},
 		told: map[repository.Chunk]bool{},
 	}
@@ -153,7 +153,7 @@ func (c *checker) worker() (*checkWorker, error) {
 		return w, nil
 	}
 	var err error
-	if w.buf, err = newBuffer(c.m.ReadBuffer()); err != nil {
+	if w.buf, err = newBuffer(c.m.Repository().ReadBuffer()); err != nil {
 		return nil, err
 	}
 	w.in = c.m.NewReader(w.buf.p)
@@ -209,7 +209,7 @@ func (w *checkWorker) segment(ctx context.Context, image *repository.Image, n in
 
 func (w *checkWorker) check(ctx context.Context) error {
 	if !w.quick {
-		return w.in.Check(ctx, w.needs, w.spoilt)
+		return w.in.Read(ctx, w.needs, w.spoilt)
 	}
 	for _, n := range w.needs {
 		if err := w.m.Locate(ctx, n.Chunk); fault.KindOf(err) == fault.Corrupt {

@@ -90,11 +90,6 @@ func (h *healing) zeros(ctx context.Context, s repository.Segment, hurt Hurt, b 
 
 // fromSnapshots looks for a chunk or a segment's index in every snapshot that may have it.
 func (h *healing) fromSnapshots(ctx context.Context, b repository.Backup, name repository.Chunk, s repository.Segment, hurt Hurt) (bool, string, error) {
-	if s == (repository.Segment{}) && h.to != nil {
-		if ok, err := h.to.Revive(ctx, name); ok || err != nil {
-			return ok, "", err
-		}
-	}
 	all, why, err := h.sources.of(ctx, b)
 	if err != nil {
 		return false, "", err

@@ -233,11 +233,15 @@ func (r *Repository) find(ctx context.Context, from manifests, labels map[string
 		}
 		return strings.Compare(string(a.ID), string(b.ID))
 	})
+	gone, err := r.forgottenIn(ctx, from)
+	if err != nil {
+		return nil, err
+	}
 	var found []Backup
 	seen := map[string]bool{}
 	for _, e := range entries {
-		if e.Labels[descriptionLabel] == "" || seen[e.Labels[idLabel]] {
-			continue // a snapshot that somebody made with kopia itself
+		if e.Labels[descriptionLabel] == "" || seen[e.Labels[idLabel]] || gone[e.ID] {
+			continue // a snapshot that somebody made with kopia itself, or forgotten
 		}
 		var m snapshot.Manifest
 		if _, err := from.GetManifest(ctx, e.ID, &m); err != nil {

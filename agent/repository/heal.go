@@ -94,21 +94,6 @@ func (h *Healer) Chunk(ctx context.Context, c Chunk, p []byte) error {
 	return h.store(ctx, c.id, p, comp)
 }
 
-// Revive takes back that a chunk is marked as deleted, and says whether that was all it lacked.
-func (h *Healer) Revive(ctx context.Context, c Chunk) (bool, error) {
-	info, err := h.m.back.contents.ContentInfo(ctx, c.id)
-	if err != nil || !info.Deleted {
-		return false, nil
-	}
-	p, err := h.r.read(ctx, h.m.back.contents, c.id)
-	if isCorrupt(err) {
-		return false, nil
-	} else if err != nil {
-		return false, err
-	}
-	return true, h.store(ctx, c.id, p, info.CompressionHeaderID)
-}
-
 // Segment stores a segment's index again.
 func (h *Healer) Segment(ctx context.Context, s Segment, chunks []Chunk) error {
 	if len(chunks) != chunksIn(s.Length, h.r.ChunkSize()) {

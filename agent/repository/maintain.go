@@ -10,6 +10,7 @@ import (
 
 	"github.com/kopia/kopia/repo"
 	"github.com/kopia/kopia/repo/blob"
+	"github.com/kopia/kopia/repo/content"
 	"github.com/kopia/kopia/repo/maintenance"
 	"github.com/kopia/kopia/repo/manifest"
 	"github.com/kopia/kopia/snapshot"
@@ -111,12 +112,15 @@ func (r *Repository) maintain(ctx context.Context, m *Maintenance, params *maint
 	}
 	err = maintenance.RunExclusive(ctx, w, mode, false, func(ctx context.Context, p maintenance.RunParameters) error {
 		m.Mode = string(p.Mode)
+		if err := r.keepForgotten(ctx, w); err != nil {
+			return err
+		}
 		var err error
 		if m.Checkpoints, err = r.dropStaleCheckpoints(ctx, w); err != nil {
 			return err
 		}
 		if p.Mode == maintenance.ModeFull {
-			if err := r.collect(ctx, w, p.MaintenanceStartTime); err != nil {
+			if err := r.collect(ctx, w.DirectRepositoryWriter, p.MaintenanceStartTime); err != nil {
 				return err
 			}
 		}
@@ -137,14 +141,34 @@ func (r *Repository) maintain(ctx context.Context, m *Maintenance, params *maint
 	return nil
 }
 
-// maintainer names a file for kopia's own lock on this host. Kopia makes it beside its configuration, which is in memory
-// here.
+// maintainer is the repository as kopia's maintenance sees it.
 type maintainer struct {
 	repo.DirectRepositoryWriter
 	config string
 }
 
+// ConfigFilename names a file for kopia's own lock on this host. Kopia makes it beside its configuration, which is in
+// memory here.
 func (m maintainer) ConfigFilename() string { return m.config }
+
+// ContentReader leaves manifests out of what is packed anew. A maintenance works by an index as it was when it began.
+// Somebody else may compact manifests meanwhile, and what the maintenance then packs anew of the old ones counts as newer
+// than that they were deleted: a backup that was forgotten is back, with or without its data.
+func (m maintainer) ContentReader() content.Reader {
+	return manifestsAside{m.DirectRepositoryWriter.ContentReader()}
+}
+
+type manifestsAside struct{ content.Reader }
+
+func (m manifestsAside) IteratePacks(ctx context.Context, o content.IteratePackOptions, f content.IteratePacksCallback) error {
+	return m.Reader.IteratePacks(ctx, o, func(p content.PackInfo) error {
+		p.ContentInfos = slices.DeleteFunc(p.ContentInfos, func(c content.Info) bool { return c.ContentID.Prefix() == manifest.ContentPrefix })
+		if len(p.ContentInfos) == 0 && o.IncludeContentInfos {
+			return nil
+		}
+		return f(p)
+	})
+}
 
 // lockMaintenance keeps others on this host out: kopia's own lock, which is a file beside this one, would make them
 // believe that they were done.

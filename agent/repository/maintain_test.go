@@ -212,6 +212,22 @@ func TestDeletedContentsComeBack(t *testing.T) {
 	}
 	a.has["incremental"] = d.clone()
 	a.check() // marked as deleted, and there
+	medium, err := running.OpenMedium(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for n := range image.Segments() {
+		chunks, err := image.Chunks(ctx, n)
+		for i := 0; err == nil && i < len(chunks); i++ {
+			err = medium.Locate(ctx, chunks[i])
+		}
+		if err != nil {
+			t.Errorf("verification says: %v", err)
+		}
+	}
+	if err := medium.Close(ctx); err != nil {
+		t.Fatal(err)
+	}
 
 	half := d.clone()
 	half.chunks = half.chunks[:600]

@@ -109,9 +109,9 @@ func (m *Medium) locate(ctx context.Context, id content.ID) (content.Info, error
 		return info, fault.Errorf(fault.Corrupt, "content %s: in no index", id)
 	case err != nil:
 		return info, m.r.corrupt(err)
-	case info.Deleted:
-		return info, fault.Errorf(fault.Corrupt, "content %s in blob %s: marked as deleted", id, info.PackBlobID)
 	}
+	// One that is marked as deleted is there. A maintenance that ran before the backup was committed left the mark, and the
+	// next takes it away.
 	length, ok := m.packs[info.PackBlobID]
 	if end := int64(info.PackOffset) + int64(info.PackedLength); !ok {
 		return info, fault.Errorf(fault.Corrupt, "content %s: blob %s is missing", id, info.PackBlobID)

@@ -3,6 +3,7 @@ package repository
 import (
 	"cmp"
 	"context"
+	"fmt"
 	"slices"
 
 	"github.com/kopia/kopia/repo/blob"
@@ -11,19 +12,22 @@ import (
 	"stillpoint.io/stillpoint/fault"
 )
 
-// Need is a chunk, and how many bytes it must have.
+// Need is a chunk, how many bytes it must have, and where they go.
 type Need struct {
 	Chunk  Chunk
 	Length int64
+	Into   []byte // of Length bytes, or nil: nowhere
 }
 
-// ReadBuffer is what a reader of whole packs needs at once: what neighbours are read together, in bytes.
-func (m *Medium) ReadBuffer() int64 { return max(4<<20, m.r.ChunkSize()+64<<10) }
+// ReadBuffer is what a Reader needs: how much of neighbours is read together, in bytes.
+func (r *Repository) ReadBuffer() int64 { return max(4<<20, r.ChunkSize()+64<<10) }
 
-// Reader reads chunks to check them. It is for one goroutine.
+// Reader reads chunks with few requests: neighbours in a pack together. It is for one goroutine.
 type Reader struct {
-	m      *Medium
-	unpack func(info content.Info, packed []byte) (length int64, err error)
+	r      *Repository
+	in     blob.Reader
+	locate func(context.Context, content.ID) (content.Info, error)
+	unpack unpack
 	buf    []byte
 	places []place
 }
@@ -31,27 +35,41 @@ type Reader struct {
 type place struct {
 	content.Info
 	length int64 // that the content must have, -1: any
+	into   []byte
 }
 
-// NewReader makes a reader with a buffer of at least ReadBuffer bytes.
+// NewReader makes a reader that checks what is on the medium, with a buffer of at least ReadBuffer bytes.
 func (m *Medium) NewReader(buf []byte) *Reader {
-	return &Reader{m: m, unpack: m.r.unpacker(m.back.contents.ContentFormat().Encryptor()), buf: buf}
+	return &Reader{r: m.r, in: m.in, locate: m.locate, unpack: m.r.unpacker(m.back.contents.ContentFormat().Encryptor()), buf: buf}
 }
 
-// Check reads chunks, in the order in which they lie in their packs and neighbours together, decrypts them, and makes sure
+// NewReader makes a reader of the image's chunks, with a buffer of at least ReadBuffer bytes.
+func (i *Image) NewReader(buf []byte) *Reader {
+	return &Reader{r: i.r, in: i.r.kopia.BlobReader(), locate: i.locate, unpack: i.r.unpacker(i.r.kopia.ContentReader().ContentFormat().Encryptor()), buf: buf}
+}
+
+func (i *Image) locate(ctx context.Context, id content.ID) (content.Info, error) {
+	info, err := i.contents.ContentInfo(ctx, id)
+	if err != nil {
+		return info, i.r.corrupt(fmt.Errorf("content %s: %w", id, err))
+	}
+	return info, nil
+}
+
+// Read reads chunks, in the order in which they lie in their packs and neighbours together, decrypts them, and makes sure
 // that each is what its id says and as long as it must be. judge is told of each that is not, with an error of kind
-// Corrupt that names the blob. An error means that the check could not be done.
-func (x *Reader) Check(ctx context.Context, needs []Need, judge func(Chunk, error)) error {
+// Corrupt that names the blob. An error means that it could not be done.
+func (x *Reader) Read(ctx context.Context, needs []Need, judge func(Chunk, error)) error {
 	x.places = x.places[:0]
 	for _, n := range needs {
-		info, err := x.m.locate(ctx, n.Chunk.id)
+		info, err := x.locate(ctx, n.Chunk.id)
 		if fault.KindOf(err) == fault.Corrupt {
 			judge(n.Chunk, err)
 			continue
 		} else if err != nil {
 			return err
 		}
-		x.places = append(x.places, place{info, n.Length})
+		x.places = append(x.places, place{info, n.Length, n.Into})
 	}
 	sortPlaces(x.places)
 	return x.check(ctx, x.places, func(p content.Info, err error) { judge(Chunk{p.ContentID}, err) })
@@ -97,12 +115,12 @@ func (x *Reader) run(ctx context.Context, all []place, end int64, judge func(con
 		x.buf = make([]byte, end-start)
 	}
 	out := fixedBuffer{p: x.buf[:end-start]}
-	err := x.m.in.GetBlob(ctx, all[0].PackBlobID, start, end-start, &out)
+	err := x.in.GetBlob(ctx, all[0].PackBlobID, start, end-start, &out)
 	if err == nil && out.n < len(out.p) {
 		err = blob.ErrInvalidRange
 	}
 	if err != nil {
-		if err = x.m.r.at.fault("reading", err); fault.KindOf(err) != fault.Corrupt {
+		if err = x.r.at.fault("reading", err); fault.KindOf(err) != fault.Corrupt {
 			return err
 		}
 		if len(all) == 1 {
@@ -118,7 +136,7 @@ func (x *Reader) run(ctx context.Context, all []place, end int64, judge func(con
 	}
 	for _, p := range all {
 		at := int64(p.PackOffset) - start
-		length, err := x.unpack(p.Info, out.p[at:at+int64(p.PackedLength)])
+		length, err := x.unpack(p.Info, out.p[at:at+int64(p.PackedLength)], p.into)
 		if err == nil && p.length >= 0 && length != p.length {
 			err = fault.Errorf(fault.Corrupt, "%d bytes long, the index says %d", length, p.length)
 		}
@@ -163,7 +181,7 @@ func (m *Medium) Rest(ctx context.Context, seen *ChunkSet, judge func(Chunk, err
 		} else if err != nil {
 			return err
 		}
-		all = append(all, place{located, -1})
+		all = append(all, place{Info: located, length: -1})
 		return nil
 	})
 	if err != nil {
