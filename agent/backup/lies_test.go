@@ -454,3 +454,50 @@ func liesNeverStand(t *testing.T, seed uint64, caught map[string]int) {
 	}
 	mustEqual(t, fmt.Sprintf("seed %d: the newest", seed), w.content(all[len(all)-1].backup), w.model)
 }
+
+// What an interrupted run was told is believed no more than anything else: here it was told that nothing had changed where
+// a superblock is.
+func TestResumedLies(t *testing.T) {
+	t.Parallel()
+	const place = 8 << 20
+	w := newWorld(t, 64<<10, 130<<20)
+	w.write([]byte("data"), place)
+	s1, _ := w.cut()
+	first := w.lookup(w.backup(s1).Backup)
+	w.write([]byte("more"), place)
+	w.write([]byte("more"), 100<<20)
+	s2, want := w.cut()
+	s, err := w.adapter.Snapshot(t.Context(), s2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	image, err := w.repo.OpenImage(t.Context(), first)
+	if err != nil {
+		t.Fatal(err)
+	}
+	writer, err := w.repo.NewWriter(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer writer.Close(context.Background())
+	index := writer.NewIndex(s.Size)
+	segment, _ := image.Segment(0)
+	if err := index.Add(segment); err != nil {
+		t.Fatal(err)
+	}
+	unfinished := repository.Backup{
+		ID: DefaultID(s), Volume: w.id, Snapshot: s2, Kind: repository.Incremental, Base: first.ID, BaseImage: first.Image,
+		Size: s.Size, ChunkSize: w.repo.ChunkSize(), Data: first.Data, Created: s.Created,
+	}
+	if err := writer.Checkpoint(t.Context(), unfinished, index.Part(), &first); err != nil {
+		t.Fatal(err)
+	}
+	r := w.backup(s2)
+	if r.BytesResumed != repository.SegmentSize || r.Kind != repository.Full || len(r.Warnings) != 1 || !strings.Contains(r.Warnings[0], "an interrupted run took") || len(r.Suspect) > 0 {
+		t.Errorf("%+v", r)
+	}
+	mustEqual(t, "image", w.content(r.Backup), want)
+	if left, err := w.repo.Checkpoints(t.Context(), repository.Filter{}); err != nil || len(left) > 0 {
+		t.Errorf("left: %+v, %v", left, err)
+	}
+}

@@ -114,6 +114,26 @@ func TestMakePlan(t *testing.T) {
 	if p, err := MakePlan(f); err != nil || p.Base == nil || len(p.Warnings) != 1 || !strings.Contains(p.Warnings[0], "not known") {
 		t.Errorf("%+v, %v", p, err)
 	}
+	// An interrupted incremental is not continued when what it was told is not to be believed any more.
+	f = good()
+	unfinished := repository.Checkpoint{Backup: backup("new", "c", 3), Done: 50}
+	unfinished.Kind, unfinished.Base, unfinished.Snapshot = repository.Incremental, "b2", f.Snapshot.ID
+	f.Unfinished = &unfinished
+	if p, err := MakePlan(f); err != nil || p.Resume == nil || p.Base == nil {
+		t.Errorf("%+v, %v", p, err)
+	}
+	for what, change := range map[string]func(*Facts){
+		"the canary":         func(f *Facts) { f.Distrust = "the canary did not sing" },
+		"the quirk table":    func(f *Facts) { f.Source = audit.Source{Name: audit.RBDFastDiff, Version: "17.2.0"} },
+		"whoever reads all":  func(f *Facts) { f.Whole = true },
+		"the allocated ones": func(f *Facts) { f.Source = audit.Source{Name: audit.VMwareCBT, Version: "6.0.0.1"} },
+	} {
+		g := f
+		change(&g)
+		if p, err := MakePlan(g); err != nil || p.Resume != nil || p.Base != nil || p.Kind != repository.Full {
+			t.Errorf("continued against %s: %+v, %v", what, p, err)
+		}
+	}
 	b := backup("new", "c", 3)
 	b.Suspect = "wrong"
 	f = good()

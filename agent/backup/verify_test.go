@@ -190,13 +190,13 @@ func TestVerifyAllocations(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	in := m.NewReader(make([]byte, m.ReadBuffer()))
+	in := m.NewReader(make([]byte, m.Repository().ReadBuffer()))
 	needs := []repository.Need{}
 	for _, c := range chunks {
 		needs = append(needs, repository.Need{Chunk: c, Length: 64 << 10})
 	}
 	check := func() {
-		if err := in.Check(t.Context(), needs, func(c repository.Chunk, err error) { t.Errorf("%s: %v", c, err) }); err != nil {
+		if err := in.Read(t.Context(), needs, func(c repository.Chunk, err error) { t.Errorf("%s: %v", c, err) }); err != nil {
 			t.Fatal(err)
 		}
 	}

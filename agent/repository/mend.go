@@ -1,13 +1,10 @@
 package repository
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"math"
 	"time"
 
 	"github.com/kopia/kopia/repo"
@@ -16,7 +13,6 @@ import (
 	"github.com/kopia/kopia/repo/content"
 	"github.com/kopia/kopia/repo/format"
 	"github.com/kopia/kopia/repo/maintenance"
-	"github.com/kopia/kopia/repo/manifest"
 
 	"stillpoint.io/stillpoint/adapters"
 	"stillpoint.io/stillpoint/fault"
@@ -122,97 +118,6 @@ func (d *mender) everything(ctx context.Context) error {
 	return d.manifests(ctx, m)
 }
 
-// format makes kopia.repository and kopia.blobcfg readable.
-func (d *mender) format(ctx context.Context) (*format.Manager, error) {
-	open := func(st blob.Storage) (*format.Manager, error) {
-		return format.NewManager(ctx, st, "", format.DefaultRepositoryBlobCacheDuration, d.passphrase.Reveal(), time.Now)
-	}
-	f, first := open(d.st)
-	if first == nil {
-		_, err := d.st.GetMetadata(ctx, format.KopiaBlobCfgBlobID)
-		if errors.Is(err, blob.ErrBlobNotFound) {
-			return f, d.blobConfig(ctx, f, err)
-		}
-		return f, d.at.fault("opening", err)
-	}
-	if k := fault.KindOf(d.at.fault("opening", first)); k != fault.Internal && k != fault.Corrupt {
-		return nil, d.at.fault("opening", first)
-	}
-	bare := overlay{Storage: d.st, blobs: map[blob.ID][]byte{format.KopiaBlobCfgBlobID: nil}}
-	if f, err := open(bare); err == nil {
-		return f, d.blobConfig(ctx, f, first)
-	}
-	var text blobBytes
-	if err := d.st.GetBlob(ctx, formatCopyID, 0, -1, &text); err != nil && !errors.Is(err, blob.ErrBlobNotFound) {
-		return nil, d.at.fault("reading", err)
-	}
-	bare.blobs[format.KopiaRepositoryBlobID] = text.Bytes()
-	f, err := open(bare)
-	switch {
-	case err == nil:
-	case errors.Is(first, format.ErrInvalidPassword):
-		return nil, fault.Errorf(fault.Invalid, "repository %s: wrong passphrase", d.at)
-	case text.Len() == 0:
-		return nil, fault.Errorf(fault.NotFound, "repository %s: there is none; `stillpoint remote init` makes one", d.at)
-	default:
-		return nil, fault.Errorf(fault.Corrupt, "repository %s: %s cannot be read, and the passphrase does not open the copy of it either: %w", d.at, format.KopiaRepositoryBlobID, first)
-	}
-	d.note(Mended{Blob: format.KopiaRepositoryBlobID, Was: first.Error(), Done: "put back from " + formatCopyID})
-	if !d.dry {
-		if err := d.st.PutBlob(ctx, format.KopiaRepositoryBlobID, blobText(text.Bytes()), blob.PutOptions{}); err != nil {
-			return nil, d.at.fault("writing to", err)
-		}
-	}
-	delete(bare.blobs, format.KopiaBlobCfgBlobID)
-	if whole, err := open(bare); err == nil {
-		return whole, nil
-	} else if k := fault.KindOf(d.at.fault("opening", err)); k != fault.Internal && k != fault.Corrupt {
-		return nil, d.at.fault("opening", err)
-	} else {
-		return f, d.blobConfig(ctx, f, err)
-	}
-}
-
-// formatCopyID is the blob with a copy of kopia.repository, which kopia does not know. Without the one or the other
-// nothing in the repository can be decrypted by anybody.
-const formatCopyID = format.KopiaRepositoryBlobID + ".copy"
-
-// copyFormat makes the copy, or makes it anew after a change of the passphrase. It says whether there was anything to do.
-func copyFormat(ctx context.Context, st blob.Storage, dry bool) (stale bool, err error) {
-	var original, copied blobBytes
-	if err := st.GetBlob(ctx, format.KopiaRepositoryBlobID, 0, -1, &original); err != nil {
-		return false, err
-	}
-	err = st.GetBlob(ctx, formatCopyID, 0, -1, &copied)
-	if err != nil && !errors.Is(err, blob.ErrBlobNotFound) {
-		return false, err
-	}
-	if err == nil && bytes.Equal(original.Bytes(), copied.Bytes()) {
-		return false, nil
-	}
-	if dry {
-		return true, nil
-	}
-	return true, st.PutBlob(ctx, formatCopyID, blobText(original.Bytes()), blob.PutOptions{})
-}
-
-// blobConfig writes kopia.blobcfg as it is in a repository of ours.
-func (d *mender) blobConfig(ctx context.Context, f *format.Manager, was error) error {
-	d.note(Mended{Blob: format.KopiaBlobCfgBlobID, Was: was.Error(), Done: "written anew, without retention; who had configured one with kopia does so again"})
-	if d.dry {
-		return nil
-	}
-	var text blobBytes
-	if err := d.st.GetBlob(ctx, format.KopiaRepositoryBlobID, 0, -1, &text); err != nil {
-		return d.at.fault("reading", err)
-	}
-	j, err := format.ParseKopiaRepositoryJSON(text.Bytes())
-	if err == nil {
-		err = j.WriteBlobCfgBlob(ctx, d.st, format.BlobStorageConfiguration{}, f.FormatEncryptionKey())
-	}
-	return d.at.fault("writing to", err)
-}
-
 // epoch puts the marker of the current epoch back.
 func (d *mender) epoch(ctx context.Context) error {
 	n, err := missingEpoch(ctx, d.st)
@@ -225,7 +130,7 @@ func (d *mender) epoch(ctx context.Context) error {
 		d.st = overlay{Storage: d.st, blobs: map[blob.ID][]byte{blob.ID(id): []byte("epoch-marker")}}
 		return nil
 	}
-	return d.at.fault("writing to", d.st.PutBlob(ctx, blob.ID(id), blobText("epoch-marker"), blob.PutOptions{}))
+	return d.at.fault("writing to", d.st.PutBlob(ctx, blob.ID(id), slice("epoch-marker"), blob.PutOptions{}))
 }
 
 // indexes makes a new index of what the damaged and the missing ones knew, and moves the damaged ones away.
@@ -283,7 +188,7 @@ func (d *mender) moveAway(ctx context.Context, id blob.ID) error {
 	var text blobBytes
 	err := d.st.GetBlob(ctx, id, 0, -1, &text)
 	if err == nil {
-		err = d.st.PutBlob(ctx, blob.ID(damagedName(id)), blobText(text.Bytes()), blob.PutOptions{})
+		err = d.st.PutBlob(ctx, blob.ID(damagedName(id)), slice(text.Bytes()), blob.PutOptions{})
 	}
 	if err == nil {
 		err = d.st.DeleteBlob(ctx, id)
@@ -363,73 +268,3 @@ func (d *mender) change(ctx context.Context, r *Repository, f func(context.Conte
 	}
 	return r.at.fault("writing to", repo.DirectWriteSession(ctx, r.kopia, repo.WriteSessionOptions{Purpose: "stillpoint repair"}, f))
 }
-
-// manifestsOf opens the manifests, but for those that are passed over.
-func manifestsOf(ctx context.Context, c *content.WriteManager, but map[content.ID]error) (*manifest.Manager, error) {
-	return manifest.NewManager(ctx, tolerant{c, but}, manifest.ManagerOptions{AutoCompactionThreshold: math.MaxInt}, nil)
-}
-
-// tolerant shows kopia's manager of manifests all contents but the bad ones: it would show nothing because of one.
-type tolerant struct {
-	*content.WriteManager
-	but map[content.ID]error
-}
-
-func (t tolerant) IterateContents(ctx context.Context, o content.IterateOptions, f content.IterateCallback) error {
-	return t.WriteManager.IterateContents(ctx, o, func(i content.Info) error {
-		if t.but[i.ContentID] != nil {
-			return nil
-		}
-		return f(i)
-	})
-}
-
-// overlay is a storage in which some blobs are other than they are; nil: they are not there.
-type overlay struct {
-	blob.Storage
-	blobs map[blob.ID][]byte
-}
-
-func (o overlay) GetBlob(ctx context.Context, id blob.ID, off, length int64, out blob.OutputBuffer) error {
-	text, ok := o.blobs[id]
-	switch {
-	case !ok:
-		return o.Storage.GetBlob(ctx, id, off, length, out)
-	case text == nil:
-		return blob.ErrBlobNotFound
-	case length < 0:
-		off, length = 0, int64(len(text))
-	case off+length > int64(len(text)):
-		return blob.ErrInvalidRange
-	}
-	out.Reset()
-	_, err := out.Write(text[off : off+length])
-	return err
-}
-
-func (o overlay) ListBlobs(ctx context.Context, prefix blob.ID, f func(blob.Metadata) error) error {
-	for id, text := range o.blobs {
-		if bytes.HasPrefix([]byte(id), []byte(prefix)) && text != nil {
-			if err := f(blob.Metadata{BlobID: id, Length: int64(len(text)), Timestamp: time.Now()}); err != nil {
-				return err
-			}
-		}
-	}
-	return o.Storage.ListBlobs(ctx, prefix, f)
-}
-
-// blobText is a blob to be written.
-type blobText []byte
-
-func (b blobText) Length() int { return len(b) }
-
-func (b blobText) WriteTo(w io.Writer) (int64, error) {
-	n, err := w.Write(b)
-	return int64(n), err
-}
-
-func (b blobText) Reader() io.ReadSeekCloser { return textReader{bytes.NewReader(b)} }
-
-type textReader struct{ *bytes.Reader }
-
-func (textReader) Close() error { return nil }

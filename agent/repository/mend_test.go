@@ -19,6 +19,7 @@ import (
 
 	"stillpoint.io/stillpoint/adapters"
 	"stillpoint.io/stillpoint/fault"
+	"stillpoint.io/stillpoint/integration/s3"
 )
 
 // rotten is a repository of two backups, with every kind of blob that kopia writes: a killed session's marker and a
@@ -245,6 +246,36 @@ func TestMend(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// A repository in a bucket is mended like one in a folder, whatever this machine's cache remembers of it.
+func TestMendBucket(t *testing.T) {
+	w := newRotten(t)
+	at := bucketIn(t, stores.Get(t, s3.Versity))
+	b := mustBucket(t, at)
+	for path, text := range folderBlobs(t, w.at) {
+		id := blob.ID(blobName(w.at, path))
+		switch {
+		case strings.HasPrefix(string(id), "xn"):
+			continue
+		case id == "kopia.blobcfg", id == "kopia.repository":
+			text = "rot"
+		}
+		if err := b.PutBlob(t.Context(), id, slice(text), blob.PutOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c := &rotten{t: t, at: at}
+	if found, _ := c.look(); len(found) != 1 || !strings.Contains(found[0], "kopia.repository") {
+		t.Errorf("found %v", found)
+	}
+	if mended, err := Mend(t.Context(), at, secret, OpenOptions{Host: "test"}, false); err != nil || len(mended) < 4 {
+		t.Errorf("%+v, %v", mended, err)
+	}
+	_, want := w.look()
+	if found, listed := c.look(); len(found) > 0 || !maps.Equal(listed, want) {
+		t.Errorf("after Mend: %v; listed %v, want %v", found, listed, want)
 	}
 }
 

@@ -20,19 +20,21 @@ type decrypt[Bytes, Buffer any] = func(cipherText Bytes, contentID []byte, outpu
 
 func bufferFor[Bytes, Buffer any](decrypt[Bytes, Buffer]) *Buffer { return new(Buffer) }
 
+type unpack = func(i content.Info, packed, into []byte) (length int64, err error)
+
 // unpacker gives a function that decrypts a content as it lies in its pack, decompresses it, and makes sure that it is
-// what its id says. It returns how many bytes the content has, and allocates nothing of that size. It is for one
-// goroutine.
+// what its id says. It returns how many bytes the content has, puts them into the slice it is given if they are as many
+// as that has room for, and allocates nothing of that size. It is for one goroutine.
 //
 // Kopia derives a content's key and authenticates it by the last 16 bytes of its hash (repo/content,
 // getPackedContentIV); the compressor is in the index.
-func (r *Repository) unpacker(e encryption.Encryptor) func(content.Info, []byte) (int64, error) {
+func (r *Repository) unpacker(e encryption.Encryptor) unpack {
 	plain, unpacked := bufferFor(e.Decrypt), bufferFor(e.Decrypt)
 	packedList := make([][]byte, 1)
 	cipher := argument((*content.WriteManager)(nil).WriteContent)
 	cipher.Slices = packedList
 	var hash [64]byte
-	return func(i content.Info, packed []byte) (int64, error) {
+	return func(i content.Info, packed, into []byte) (int64, error) {
 		if i.EncryptionKeyID != 0 {
 			return 0, fault.Errorf(fault.Corrupt, "encrypted with key %d, of which nothing is known", i.EncryptionKeyID)
 		}
@@ -60,6 +62,9 @@ func (r *Repository) unpacker(e encryption.Encryptor) func(content.Info, []byte)
 		}
 		if !bytes.Equal(r.hash(hash[:0], result), h) {
 			return 0, fault.Errorf(fault.Corrupt, "decrypts to something else")
+		}
+		if len(into) == result.Length() {
+			result.AppendToSlice(into[:0])
 		}
 		return int64(result.Length()), nil
 	}
