@@ -16,7 +16,7 @@ func (a *app) remoteCommand() *cobra.Command {
 		Args:  cobra.ArbitraryArgs,
 		RunE:  subcommand,
 	}
-	c.AddCommand(a.remoteInitCommand(), a.remoteStatusCommand(), a.remoteMaintainCommand(), a.remoteCheckCommand())
+	c.AddCommand(a.remoteInitCommand(), a.remoteStatusCommand(), a.remoteMaintainCommand(), a.remoteCheckCommand(), a.remotePassphraseCommand())
 	return c
 }
 
