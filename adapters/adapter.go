@@ -189,6 +189,7 @@ type Target interface {
 // Volume is a volume as the backend sees it now. Size is bytes.
 type Volume struct {
 	ID     VolumeID
+	Form   Form
 	Size   int64
 	Freeze FreezeMode
 	// Device is the block device that carries the live volume on this node, 0 if it is not attached here.
@@ -269,6 +270,7 @@ type Notes struct {
 type Snapshot struct {
 	ID      SnapshotID
 	Wanted  string // the name that was asked for; ID.Name is derived from it
+	Form    Form   // of the volume
 	Size    int64
 	Created time.Time // the backend's clock
 	State   State
@@ -303,6 +305,8 @@ func CapabilitiesOf(a Adapter) Capabilities {
 		"diff":    has[Differ](a),
 		"open":    has[Opener](a),
 		"restore": has[Restorer](a),
+		"tree":    has[Trees](a),
+		"replant": has[TreeRestorer](a),
 	}
 	return c
 }
