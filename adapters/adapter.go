@@ -299,14 +299,14 @@ type Capabilities struct {
 func CapabilitiesOf(a Adapter) Capabilities {
 	c := a.Capabilities()
 	c.Abilities = map[string]bool{
-		"list":    has[Lister](a),
-		"gate":    has[Gater](a),
-		"stage":   has[Stager](a),
-		"diff":    has[Differ](a),
-		"open":    has[Opener](a),
-		"restore": has[Restorer](a),
-		"tree":    has[Trees](a),
-		"replant": has[TreeRestorer](a),
+		"list":         has[Lister](a),
+		"gate":         has[Gater](a),
+		"stage":        has[Stager](a),
+		"diff":         has[Differ](a),
+		"open":         has[Opener](a),
+		"restore":      has[Restorer](a),
+		"tree":         has[Trees](a),
+		"restore-tree": has[TreeRestorer](a),
 	}
 	return c
 }
