@@ -174,6 +174,11 @@ type VolumeSpec struct {
 // part and is written again.
 type Target interface {
 	WriteAt(ctx context.Context, p []byte, off int64) error
+	// ReadAt fills p with what the target holds, as far as it is known to: of an overwritten volume, and of what was
+	// written, also before its process died. Beyond its end is Invalid; a backend that cannot read a target is Unsupported.
+	ReadAt(ctx context.Context, p []byte, off int64) error
+	// Fresh says that nothing was written to the target before this Begin: it is new, and its first one.
+	Fresh() bool
 	// Zero makes the range read as zeros, whatever it held.
 	Zero(ctx context.Context, off, length int64) error
 	// ReadsZero says that every byte not yet written reads as zero, so Zero can be left out.

@@ -235,6 +235,12 @@ func (t target) WriteAt(ctx context.Context, p []byte, off int64) error {
 	})
 }
 
+func (t target) ReadAt(ctx context.Context, p []byte, off int64) error {
+	return t.layer.Around(ctx, Call{"ReadAt", off, int64(len(p))}, func(ctx context.Context, c Call) error {
+		return t.Target.ReadAt(ctx, p[:c.Length], off)
+	})
+}
+
 func (t target) Zero(ctx context.Context, off, length int64) error {
 	return t.layer.Around(ctx, Call{"Zero", off, length}, func(ctx context.Context, c Call) error {
 		return t.Target.Zero(ctx, off, c.Length)

@@ -193,7 +193,7 @@ func parseFault(s string) (f Fault, err error) {
 		}
 	}
 	if hasPlace {
-		if f.Place, err = parseBytes(place); err != nil {
+		if f.Place, err = ParseBytes(place); err != nil {
 			return f, err
 		}
 		if !slices.Contains(placed, method) {

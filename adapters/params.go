@@ -102,7 +102,7 @@ func (p *Params) Duration(key string, otherwise time.Duration) time.Duration {
 
 // Bytes reads a size in bytes: a whole number, with B, KiB, MiB, GiB or TiB behind it or nothing.
 func (p *Params) Bytes(key string, otherwise int64) int64 {
-	return get(p, key, otherwise, "a size in bytes, like 4096, 64MiB or 1TiB", parseBytes)
+	return get(p, key, otherwise, "a size in bytes, like 4096, 64MiB or 1TiB", ParseBytes)
 }
 
 // Secret returns a secret, and whether it is given.
@@ -159,7 +159,8 @@ var units = []struct {
 	size int64
 }{{"TiB", 1 << 40}, {"GiB", 1 << 30}, {"MiB", 1 << 20}, {"KiB", 1 << 10}, {"B", 1}}
 
-func parseBytes(s string) (int64, error) {
+// ParseBytes reads a size in bytes: a whole number, with B, KiB, MiB, GiB or TiB behind it or nothing.
+func ParseBytes(s string) (int64, error) {
 	number, size := s, int64(1)
 	for _, u := range units {
 		if n, ok := strings.CutSuffix(s, u.name); ok {
@@ -174,7 +175,7 @@ func parseBytes(s string) (int64, error) {
 	return int64(n) * size, nil
 }
 
-// formatBytes writes a size so that parseBytes reads it.
+// formatBytes writes a size so that ParseBytes reads it.
 func formatBytes(n int64) string {
 	for _, u := range units[:len(units)-1] {
 		if n > 0 && n%u.size == 0 {

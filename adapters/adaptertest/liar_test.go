@@ -38,6 +38,8 @@ var lies = map[string]struct {
 	"silent-eof":      {func(a *mem.Adapter, _ *mem.Store) adapters.Adapter { return images{a, silentEOF} }, "ReadAt is safe in parallel and follows io.ReaderAt"},
 	"shared-buffer":   {func(a *mem.Adapter, _ *mem.Store) adapters.Adapter { return images{a, firstBytes} }, "an image is the volume at its instant"},
 	"reads-zero":      {func(a *mem.Adapter, _ *mem.Store) adapters.Adapter { return readsZero{a} }, "a restored volume is what was written, holes included"},
+	"always-fresh":    {func(a *mem.Adapter, _ *mem.Store) adapters.Adapter { return targets{a, alwaysFresh} }, "Fresh is true of a target's first Begin only"},
+	"reads-nothing":   {func(a *mem.Adapter, _ *mem.Store) adapters.Adapter { return targets{a, readsNothing} }, "ReadAt reads what a target holds"},
 	"leaks-on-close":  {func(a *mem.Adapter, _ *mem.Store) adapters.Adapter { return leaks{a} }, "Close succeeds when everything opened was closed"},
 	"lists-foreign":   {func(a *mem.Adapter, _ *mem.Store) adapters.Adapter { return listsForeign{a} }, "an unmarked snapshot is never listed"},
 	"all-unchanged":   {entries(func(e *adapters.Entry) { e.Unchanged = true }), "a tree is the volume at its instant, and unchanged is only what is"},
@@ -285,6 +287,36 @@ func (a readsZero) Begin(ctx context.Context, spec adapters.VolumeSpec) (adapter
 		t.WriteAt(ctx, []byte{0xA5}, spec.Size*3/4) // in the middle of a hole
 	}
 	return t, nil
+}
+
+// targets bends what restores write to.
+type targets struct {
+	*mem.Adapter
+	bend func(adapters.Target) adapters.Target
+}
+
+func (a targets) Begin(ctx context.Context, spec adapters.VolumeSpec) (adapters.Target, error) {
+	t, err := a.Adapter.Begin(ctx, spec)
+	if err != nil {
+		return nil, err
+	}
+	return a.bend(t), nil
+}
+
+func alwaysFresh(t adapters.Target) adapters.Target { return fresh{t} }
+
+type fresh struct{ adapters.Target }
+
+func (fresh) Fresh() bool { return true }
+
+func readsNothing(t adapters.Target) adapters.Target { return blind{t} }
+
+type blind struct{ adapters.Target }
+
+func (b blind) ReadAt(ctx context.Context, p []byte, off int64) error {
+	err := b.Target.ReadAt(ctx, p, off)
+	clear(p)
+	return err
 }
 
 type leaks struct{ *mem.Adapter }

@@ -110,15 +110,35 @@ func (s *suite) restoreResume(t *testing.T) {
 		r, _ := adapters.As[adapters.Restorer](s.open(t))
 		_, err := r.Begin(t.Context(), spec)
 		refuse(t, "a target that another process holds is Busy", err, fault.Busy)
+		if target.Fresh() != (step == 0) {
+			broken(t, "Fresh is true of a target's first Begin only", "%v at the Begin after %d", target.Fresh(), step)
+		}
 		if step == 0 {
 			fill(t, target, want, 0, half)
+			holds(t, target, want[:half])
 			succeed(t, "Close keeps a new target", target.Close())
 			_, err := a.Volume(t.Context(), id)
 			refuse(t, "a target is not a volume until Commit", err, fault.NotFound)
 			continue
 		}
+		holds(t, target, want[:half])
 		fill(t, target, want, half, s.Size)
 		s.commit(t, a, target, id, want)
+	}
+}
+
+// holds checks what a target reads back, in pieces of which some are unaligned.
+func holds(t testing.TB, target adapters.Target, want []byte) {
+	t.Helper()
+	p := make([]byte, 64<<10+512)
+	for off := 0; off < len(want); off += len(p) {
+		p := p[:min(len(p), len(want)-off)]
+		err := target.ReadAt(t.Context(), p, int64(off))
+		if fault.KindOf(err) == fault.Unsupported {
+			return
+		}
+		succeed(t, "ReadAt reads what a target holds", err)
+		content(t, "ReadAt reads what a target holds", p, want[off:off+len(p)])
 	}
 }
 
@@ -150,6 +170,10 @@ func (s *suite) restoreOverwrite(t *testing.T) {
 	want := bytes.Clone(v.bytes)
 	copy(want, s.pattern(t, size))
 	target := s.begin(t, a, spec)
+	if target.Fresh() {
+		broken(t, "Fresh is true of a target's first Begin only", "it is true of a volume that is overwritten")
+	}
+	holds(t, target, old[:size])
 	fill(t, target, want[:size], 0, size)
 	s.commit(t, a, target, before.ID.Volume, want)
 	content(t, "a restore over a volume leaves its snapshots as they were", s.read(t, a, before.ID), old)
@@ -200,6 +224,9 @@ func (s *suite) restoreErrors(t *testing.T) {
 	target := s.begin(t, a, adapters.VolumeSpec{ID: s.Absent(t), Size: s.Size, Token: "bounds"})
 	refuse(t, "a write beyond the target is Invalid", target.WriteAt(t.Context(), make([]byte, 2), s.Size-1), fault.Invalid)
 	refuse(t, "a Zero beyond the target is Invalid", target.Zero(t.Context(), s.Size-1, 2), fault.Invalid)
+	if err := target.ReadAt(t.Context(), make([]byte, 2), s.Size-1); fault.KindOf(err) != fault.Unsupported {
+		refuse(t, "a read beyond the target is Invalid", err, fault.Invalid)
+	}
 	refuse(t, "a write before the target is Invalid", target.WriteAt(t.Context(), make([]byte, 2), -1), fault.Invalid)
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()

@@ -58,15 +58,24 @@ type snapshot struct {
 }
 
 // Create makes a volume of zeros. Size is bytes, at most SizeMax; the id is NAME or LOCALITY/NAME.
-func (s *Store) Create(id string, size int64) (*Volume, error) { return s.create(id, size, 0) }
+func (s *Store) Create(id string, size int64) (*Volume, error) { return s.create(id, size, tree{}) }
 
 // CreateDense makes a volume that is full of bytes generated from seed, which is not 0. It costs no memory until
 // something is written.
 func (s *Store) CreateDense(id string, size int64, seed uint64) (*Volume, error) {
-	return s.create(id, size, seed)
+	return s.create(id, size, tree{seed: seed})
 }
 
-func (s *Store) create(id string, size int64, seed uint64) (*Volume, error) {
+// CreateRepeating makes a dense volume whose bytes repeat after a period, a multiple of 64 KiB: what a backup of a dense
+// volume of many TiB has to look at, with chunks that were hashed in seconds.
+func (s *Store) CreateRepeating(id string, size int64, seed uint64, period int64) (*Volume, error) {
+	if period <= 0 || period%chunkSize != 0 {
+		return nil, fault.Errorf(fault.Invalid, "volume %s: a period of %d bytes is not a multiple of %d", id, period, chunkSize)
+	}
+	return s.create(id, size, tree{seed: seed, period: period})
+}
+
+func (s *Store) create(id string, size int64, born tree) (*Volume, error) {
 	id, err := canonical(id)
 	if err != nil {
 		return nil, err
@@ -79,7 +88,7 @@ func (s *Store) create(id string, size int64, seed uint64) (*Volume, error) {
 	if s.volumes[id] != nil {
 		return nil, fault.Errorf(fault.Busy, "volume %s exists", id)
 	}
-	v := &Volume{id: id, size: size, tree: tree{seed: seed}, epoch: 1}
+	v := &Volume{id: id, size: size, tree: born, epoch: 1}
 	set(&s.volumes, id, v)
 	return v, nil
 }

@@ -48,6 +48,7 @@ func (a *Adapter) Begin(ctx context.Context, spec adapters.VolumeSpec) (adapters
 			return nil, err
 		}
 	}
+	fresh := t == nil && !spec.Overwrite
 	if t == nil {
 		t = &target{volume: live, overwrite: spec.Overwrite}
 		if live == nil {
@@ -57,7 +58,7 @@ func (a *Adapter) Begin(ctx context.Context, spec adapters.VolumeSpec) (adapters
 	}
 	t.holder = a
 	a.targets.Add(1)
-	return &handle{adapter: a, target: t, key: k, size: spec.Size}, nil
+	return &handle{adapter: a, target: t, key: k, size: spec.Size, fresh: fresh}, nil
 }
 
 func (v *Volume) overwritable(size int64) error {
@@ -80,6 +81,7 @@ type handle struct {
 	target  *target
 	key     key
 	size    int64
+	fresh   bool
 
 	mu     sync.Mutex
 	flight []cbt.Extent // ranges being written now
@@ -96,6 +98,20 @@ func (h *handle) WriteAt(ctx context.Context, p []byte, off int64) error {
 func (h *handle) Zero(ctx context.Context, off, length int64) error {
 	return h.change(ctx, off, length, func() error { return h.target.volume.Zero(off, length) })
 }
+
+// ReadAt reads, under the same rules as a write.
+func (h *handle) ReadAt(ctx context.Context, p []byte, off int64) error {
+	return h.change(ctx, off, int64(len(p)), func() error {
+		v := h.target.volume
+		v.mu.Lock()
+		defer v.mu.Unlock()
+		v.tree.read(p, off)
+		return nil
+	})
+}
+
+// Fresh is true of a target's first handle.
+func (h *handle) Fresh() bool { return h.fresh }
 
 // change runs a write after checking that it is one the caller may make.
 func (h *handle) change(ctx context.Context, off, length int64, write func() error) error {

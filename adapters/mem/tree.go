@@ -50,8 +50,9 @@ func (n *node) whole() bool { return n == nil || n == zeroed || n == absent }
 
 // tree is one version of a volume's bytes.
 type tree struct {
-	root *node
-	seed uint64 // of the generated content; 0: born as zeros
+	root   *node
+	seed   uint64 // of the generated content; 0: born as zeros
+	period int64  // after which that repeats, whole chunks; 0: it never does
 }
 
 // blank is the node that reads as zeros.
@@ -76,7 +77,7 @@ func (t *tree) read(p []byte, off int64) {
 		}
 		switch {
 		case n == nil && t.seed != 0:
-			generate(part, off, t.seed)
+			t.generate(part, off)
 		case n == nil:
 			clear(part)
 		default:
@@ -125,7 +126,7 @@ func (t *tree) own(n *node, level int, off int64, epoch uint64) *node {
 	default:
 		c.data = make([]byte, chunkSize)
 		if t.seed != 0 {
-			generate(c.data, off&^(chunkSize-1), t.seed)
+			t.generate(c.data, off&^(chunkSize-1))
 		}
 	}
 	return c
@@ -153,6 +154,14 @@ func (t *tree) wipe(n *node, level int, start, off, end int64, epoch uint64) *no
 		n.kids[i] = t.wipe(n.kids[i], level-1, start+int64(i)*span(level-1), off, end, epoch)
 	}
 	return n
+}
+
+// generate fills p, which lies in one chunk, with what the volume was born with at off.
+func (t *tree) generate(p []byte, off int64) {
+	if t.period > 0 {
+		off %= t.period
+	}
+	generate(p, off, t.seed)
 }
 
 // generate fills p with the content of a dense volume at off: 8-byte words, each a hash of its number (splitmix64,

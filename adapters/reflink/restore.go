@@ -54,6 +54,7 @@ type target struct {
 	folder       *os.File // of a new volume
 	name         string   // of the unfinished file in it
 	file, direct *os.File
+	fresh        bool
 
 	mu     sync.RWMutex // held for reading by writers, so that closing waits for them
 	closed bool
@@ -98,7 +99,11 @@ func (t *target) openNew(token string) error {
 		}
 		t.file, err = treefs.OpenBeneath(t.folder, t.name, os.O_RDWR|unix.O_NONBLOCK|unix.O_NOFOLLOW)
 		if err == unix.ENOENT {
-			if err := t.makeNew(); err != nil && err != unix.EEXIST {
+			switch err := t.makeNew(); err {
+			case nil:
+				t.fresh = true
+			case unix.EEXIST:
+			default:
 				return err
 			}
 			continue
@@ -111,6 +116,7 @@ func (t *target) openNew(token string) error {
 			return err
 		}
 		t.file.Close() // finished or given up by somebody else just now
+		t.fresh = false
 	}
 }
 
@@ -191,6 +197,31 @@ func (t *target) WriteAt(ctx context.Context, p []byte, off int64) error {
 		return nil
 	})
 }
+
+// ReadAt reads, past the page cache where the alignment allows.
+func (t *target) ReadAt(ctx context.Context, p []byte, off int64) error {
+	return t.change(off, int64(len(p)), func() error {
+		for n := 0; n < len(p); {
+			if err := ctx.Err(); err != nil {
+				return err
+			}
+			piece, direct := nextPiece(p[n:], off+int64(n))
+			f := t.file
+			if direct {
+				f = t.direct
+			}
+			m, err := f.ReadAt(piece, off+int64(n))
+			if err != nil {
+				return errno(err)
+			}
+			n += m
+		}
+		return nil
+	})
+}
+
+// Fresh is true of a file that this Begin made.
+func (t *target) Fresh() bool { return t.fresh }
 
 // Zero punches a hole: it reads as zeros for certain, and the space goes back to the pool.
 func (t *target) Zero(ctx context.Context, off, length int64) error {

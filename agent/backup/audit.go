@@ -70,7 +70,7 @@ func (l *line) audit(ctx context.Context) error {
 func (l *line) auditChunk(ctx context.Context, c int64, p []byte) error {
 	off := c * l.chunk
 	length := min(l.chunk, l.size-off)
-	if err := readFull(ctx, l.source, p, off, length); err != nil {
+	if err := l.fill(ctx, p, off, length); err != nil {
 		return err
 	}
 	l.audited.Add(length)

@@ -15,12 +15,10 @@
 package backup
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
-	"runtime"
 	"sync/atomic"
 	"time"
 
@@ -29,30 +27,6 @@ import (
 	"stillpoint.io/stillpoint/cbt"
 	"stillpoint.io/stillpoint/fault"
 )
-
-// Budget bounds what one backup, restore or verification uses.
-type Budget struct {
-	Memory  int64 // bytes for buffers and for packs on their way to the repository, DefaultMemory if 0
-	Workers int   // chunks read, hashed and stored at once; 0: what the memory and the processors suggest
-}
-
-// DefaultMemory is the memory that a Budget gives by default, in bytes.
-const DefaultMemory = 192 << 20
-
-// What kopia takes for each worker beside its buffer, by measurements of resident memory: to store, a pack of 20 MiB being
-// written and some copies of a chunk; to read, its pooled buffers of 8 MiB and more copies, which the collector has not
-// got to.
-func storeMemory(chunk int64) int64 { return 22<<20 + 3*chunk }
-func readMemory(chunk int64) int64  { return 36<<20 + 4*chunk }
-
-// workers is how many to start when each needs this much memory.
-func (b Budget) workers(each int64) int {
-	most := max(1, int(cmp.Or(b.Memory, DefaultMemory)/each))
-	if b.Workers > 0 {
-		return min(b.Workers, most)
-	}
-	return min(max(6, 3*runtime.GOMAXPROCS(0)), 32, most)
-}
 
 // Progress is what a running backup, restore or verification has done so far; whoever shows it polls. All are bytes.
 type Progress struct {
@@ -68,7 +42,9 @@ type Request struct {
 	ID         string // the backup's id; empty: derived from the snapshot, so that a repetition finds it
 	Full       bool   // reuse no index
 	Budget     Budget
+	Pool       *Pool     // of StorePool, when several backups share one; nil: one of the Budget for this backup alone
 	Progress   *Progress // may be nil
+	Pace       Pace      // of checkpoints
 }
 
 // Report is what a backup did. Counts are bytes. New and reused are of the data that is not all zero; of an
@@ -80,20 +56,32 @@ type Report struct {
 	Base         string          `json:"base"`          // handle of the backup that an incremental reuses
 	Reason       string          `json:"reason"`        // why it is full or incremental
 	Size         int64           `json:"size"`          // of the volume
+	BytesResumed int64           `json:"bytes_resumed"` // of the image, that an interrupted run had done
 	BytesRead    int64           `json:"bytes_read"`    // from the snapshot, for the changed chunks
 	BytesAudited int64           `json:"bytes_audited"` // from the snapshot, to distrust the changed blocks
 	BytesNew     int64           `json:"bytes_new"`     // in chunks that the repository did not have
 	BytesReused  int64           `json:"bytes_reused"`  // in chunks that it had
 	BytesStored  int64           `json:"bytes_stored"`  // written to the repository, compressed, with indexes
 	Seconds      float64         `json:"seconds"`
-	Existed      bool            `json:"existed,omitempty"` // the backup was there already, nothing was done
+	Existed      bool            `json:"existed,omitempty"`    // the backup was there already, nothing was done
+	Distrusted   bool            `json:"distrusted,omitempty"` // it was to be incremental, and had to be made again as a full one
 	Warnings     []string        `json:"warnings,omitempty"`
 }
 
-// Run makes the backup. NotFound: no such snapshot. Busy: it is not ready yet, or its id was taken meanwhile. Invalid:
-// it is not verified, or the id belongs to a backup of something else. Exhausted: the repository is full.
-func Run(ctx context.Context, q Request) (Report, error) {
+// Run makes the backup, or continues one that was interrupted. NotFound: no such snapshot. Busy: it is not ready yet, or
+// another backup of the volume is under way. Invalid: it is not verified, or the id belongs to a backup of something
+// else. Exhausted: the repository is full.
+func Run(ctx context.Context, q Request) (_ Report, err error) {
 	started := time.Now()
+	release, err := q.Repository.Lock(q.Snapshot.Volume)
+	if err != nil {
+		return Report{}, err
+	}
+	defer func() { err = errors.Join(err, release()) }()
+	if q.Pool == nil {
+		q.Pool = StorePool(q.Budget, q.Repository)
+		defer q.Pool.Close()
+	}
 	p, err := Prepare(ctx, q)
 	if err != nil {
 		return Report{}, err
@@ -113,8 +101,8 @@ func Run(ctx context.Context, q Request) (Report, error) {
 	if errors.As(err, &distrusted) {
 		warning := fmt.Sprintf("%v; the backup is made again as a full one", distrusted)
 		slog.ErrorContext(ctx, warning, "snapshot", p.Snapshot.ID.String(), "base", p.Base.Handle.String())
-		report.Warnings = append(report.Warnings, warning)
-		p.Kind, p.Base, p.Reason = repository.Full, nil, "the changed blocks since the base cannot be trusted"
+		report.Warnings, report.Distrusted = append(report.Warnings, warning), true
+		p.Kind, p.Base, p.Resume, p.Reason = repository.Full, nil, nil, "the changed blocks since the base cannot be trusted"
 		if q.Progress != nil {
 			q.Progress.Total.Store(0)
 			q.Progress.Done.Store(0)
@@ -165,12 +153,34 @@ func run(ctx context.Context, q Request, p Plan, started time.Time, report *Repo
 		return made, err
 	}
 	defer func() { err = errors.Join(err, w.Close(context.WithoutCancel(ctx))) }()
+	b := repository.Backup{
+		ID: p.ID, Volume: p.Snapshot.ID.Volume, Snapshot: p.Snapshot.ID, Kind: p.Kind,
+		Size: p.Snapshot.Size, ChunkSize: q.Repository.ChunkSize(), Created: p.Snapshot.Created, Started: started,
+		Cut: p.Snapshot.Notes.Cut, Consistency: p.Snapshot.Notes.Consistency, Unverified: p.Snapshot.Notes.Unverified,
+	}
+	if p.Base != nil {
+		b.Base, b.BaseImage = p.Base.ID, p.Base.Image
+	}
+	l := newLine(q, source, base, w)
+	l.keeper = keeper{pace: q.Pace, keep: func(ctx context.Context, done repository.Part, data int64) error {
+		at := b
+		at.Data = data
+		return w.Checkpoint(ctx, at, done, p.Base)
+	}}
+	if p.Unfinished != nil {
+		w.Resume(*p.Unfinished)
+	}
+	if p.Resume != nil {
+		b.Started = p.Resume.Started
+		if err := l.resume(ctx, *p.Resume); err != nil {
+			return made, baseFault(ctx, err)
+		}
+		report.BytesResumed = p.Resume.Done
+	}
 	extents, err := changes(ctx, q.Adapter, p, q.Repository.ChunkSize()) // last: a stream holds its source until it is read
 	if err != nil {
 		return made, err
 	}
-
-	l := newLine(q, source, base, w)
 	image, err := l.run(ctx, extents)
 	report.BytesRead += l.read.Load()
 	report.BytesAudited += l.audited.Load()
@@ -178,16 +188,7 @@ func run(ctx context.Context, q Request, p Plan, started time.Time, report *Repo
 	if err != nil {
 		return made, err
 	}
-	b := repository.Backup{
-		ID: p.ID, Volume: p.Snapshot.ID.Volume, Snapshot: p.Snapshot.ID, Kind: p.Kind,
-		Size: p.Snapshot.Size, ChunkSize: q.Repository.ChunkSize(), Data: l.data,
-		Created: p.Snapshot.Created, Started: started, Finished: time.Now(),
-		Cut: p.Snapshot.Notes.Cut, Consistency: p.Snapshot.Notes.Consistency, Unverified: p.Snapshot.Notes.Unverified,
-		Image: image,
-	}
-	if p.Base != nil {
-		b.Base, b.BaseImage = p.Base.ID, p.Base.Image
-	}
+	b.Image, b.Data, b.Finished = image, l.data, time.Now()
 	made, err = w.Commit(ctx, b, l.sample())
 	report.BytesStored += w.Stored()
 	return made, err

@@ -23,6 +23,10 @@ func (f *feeder) feed(extents cbt.Seq) error {
 			return f.distrust(err)
 		}
 		f.mark(e)
+		if done := f.start() - e.Offset; done > 0 { // whole segments, by an interrupted run
+			done = min(done, e.Length)
+			e.Offset, e.Length = e.Offset+done, e.Length-done
+		}
 		for e.Length > 0 {
 			n := int(e.Offset / repository.SegmentSize)
 			start, length := f.bounds(n)

@@ -26,10 +26,14 @@ type line struct {
 	source   adapters.Image
 	base     *repository.Image // nil for a full backup
 	progress *Progress
+	pool     *Pool
 	chunk    int64
 	size     int64
-	workers  int
 	buffer   int64 // bytes a worker reads at once
+
+	part   *repository.Image // what an interrupted run had done; nil: nothing
+	index  *repository.Index
+	keeper keeper
 
 	jobs   chan job
 	pieces chan piece
@@ -75,11 +79,9 @@ type piece struct {
 
 func newLine(q Request, source adapters.Image, base *repository.Image, w *repository.Writer) *line {
 	l := &line{
-		r: q.Repository, w: w, source: source, base: base, progress: q.Progress,
-		chunk: q.Repository.ChunkSize(), size: source.Size(),
+		r: q.Repository, w: w, source: source, base: base, progress: q.Progress, pool: q.Pool,
+		chunk: q.Repository.ChunkSize(), size: source.Size(), buffer: q.Pool.size, index: w.NewIndex(source.Size()),
 	}
-	l.buffer = max(l.chunk, 1<<20)
-	l.workers = q.Budget.workers(l.buffer + storeMemory(l.chunk))
 	if l.progress == nil {
 		l.progress = new(Progress)
 	}
@@ -87,14 +89,37 @@ func newLine(q Request, source adapters.Image, base *repository.Image, w *reposi
 		l.changed = make([]uint64, (l.size/l.chunk)/64+1)
 		l.data = base.Data()
 	}
-	l.jobs, l.pieces = make(chan job, l.workers), make(chan piece, 2*l.workers)
+	l.jobs, l.pieces = make(chan job, l.pool.workers()), make(chan piece, 2*l.pool.workers())
 	l.free.New = func() any {
 		return &segment{chunks: make([]repository.Chunk, 0, repository.SegmentSize/l.chunk), done: make(chan struct{}, 1)}
 	}
 	return l
 }
 
-// run makes the image.
+// resume continues where a checkpoint ends.
+func (l *line) resume(ctx context.Context, c repository.Checkpoint) (err error) {
+	if l.part, err = l.r.OpenPart(ctx, c); err != nil {
+		return err
+	}
+	for n := range l.part.Segments() {
+		s, _ := l.part.Segment(n)
+		if err := l.index.Add(s); err != nil {
+			return err
+		}
+	}
+	l.data, l.keeper.kept = c.Data, c.Done
+	return nil
+}
+
+// start is the first byte that is still to be done.
+func (l *line) start() int64 {
+	if l.part == nil {
+		return 0
+	}
+	return l.part.Size()
+}
+
+// run makes the image. If it does not come to its end, a last checkpoint keeps what was done.
 func (l *line) run(ctx context.Context, extents cbt.Seq) (repository.ImageID, error) {
 	for _, length := range []int64{min(l.chunk, l.size), l.size % l.chunk} {
 		if length > 0 {
@@ -104,36 +129,46 @@ func (l *line) run(ctx context.Context, extents cbt.Seq) (repository.ImageID, er
 		}
 	}
 	var image repository.ImageID
+	outer := ctx
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
 		defer close(l.jobs)
 		defer close(l.pieces)
-		f := feeder{line: l, ctx: ctx}
+		f := feeder{line: l, ctx: ctx, next: int(l.start() / repository.SegmentSize)}
 		if err := f.feed(extents); err != nil {
 			return err
 		}
 		return l.audit(ctx)
 	})
 	g.Go(func() (err error) {
-		image, err = l.index(ctx)
+		image, err = l.finish(ctx)
 		return err
 	})
-	for range l.workers {
+	for range l.pool.workers() {
 		g.Go(func() error {
-			b, err := newBuffer(l.buffer)
-			if err != nil {
-				return err
-			}
-			defer b.free()
 			for j := range l.jobs {
-				if err := l.work(ctx, j, b.p); err != nil {
+				if err := l.take(ctx, j); err != nil {
 					return err
 				}
 			}
 			return nil
 		})
 	}
-	return image, g.Wait()
+	err := g.Wait()
+	if _, distrusted := errors.AsType[*distrustError](err); err != nil && !distrusted && fault.KindOf(err) != fault.Corrupt {
+		err = errors.Join(err, l.keeper.last(outer, l.index.Part(), l.data))
+	}
+	return image, err
+}
+
+// take does a job when there is a buffer for it.
+func (l *line) take(ctx context.Context, j job) error {
+	b, err := l.pool.take(ctx)
+	if err != nil {
+		return err
+	}
+	defer l.pool.give(b)
+	return l.work(ctx, j, b.p)
 }
 
 func (l *line) segments() int {
@@ -179,7 +214,7 @@ func (l *line) work(ctx context.Context, j job, p []byte) error {
 	start, _ := l.bounds(s.n)
 	at := start + int64(j.first)*l.chunk
 	length := min(int64(j.count)*l.chunk, s.length-int64(j.first)*l.chunk)
-	if err := readFull(ctx, l.source, p, at, length); err != nil {
+	if err := l.fill(ctx, p, at, length); err != nil {
 		return err
 	}
 	l.read.Add(length)
@@ -203,6 +238,14 @@ func (l *line) work(ctx context.Context, j job, p []byte) error {
 	l.progress.Done.Add(length)
 	l.finished(s)
 	return nil
+}
+
+// fill reads from the snapshot, within the bandwidth.
+func (l *line) fill(ctx context.Context, p []byte, off, length int64) error {
+	if err := l.pool.throttle(ctx, length); err != nil {
+		return err
+	}
+	return readFull(ctx, l.source, p, off, length)
 }
 
 // readFull reads length bytes at off into p, which has room for a whole number of blocks.
@@ -233,16 +276,10 @@ func (l *line) offer(off int64) {
 // sample is what to read back.
 func (l *line) sample() []int64 { return l.samples[:min(l.stored, sampleSize)] }
 
-// index writes the segments in order, and counts the data in them.
-func (l *line) index(ctx context.Context) (repository.ImageID, error) {
-	x := l.w.NewIndex(ctx)
-	defer x.Close()
-	for p := range l.pieces {
-		if err := l.add(ctx, x, p); err != nil {
-			return repository.ImageID{}, err
-		}
-	}
-	if err := ctx.Err(); err != nil {
+// finish writes the segments in order, and counts the data in them.
+func (l *line) finish(ctx context.Context) (repository.ImageID, error) {
+	err := l.collect(ctx)
+	if err = errors.Join(err, l.keeper.wait()); err != nil {
 		return repository.ImageID{}, err
 	}
 	if l.base != nil {
@@ -252,13 +289,26 @@ func (l *line) index(ctx context.Context) (repository.ImageID, error) {
 			}
 		}
 	}
-	return x.Finish(ctx)
+	return l.index.Finish(ctx)
 }
 
-func (l *line) add(ctx context.Context, x *repository.Index, p piece) error {
+// collect takes the pieces as they come, and checkpoints between them.
+func (l *line) collect(ctx context.Context) error {
+	for p := range l.pieces {
+		if err := l.add(ctx, p); err != nil {
+			return err
+		}
+		if err := l.keeper.step(ctx, l.index.Part(), l.data, l.read.Load()); err != nil {
+			return err
+		}
+	}
+	return ctx.Err()
+}
+
+func (l *line) add(ctx context.Context, p piece) error {
 	switch {
 	case p.made != nil:
-		return l.addMade(ctx, x, p.made)
+		return l.addMade(ctx, p.made)
 	case p.zero:
 		var s repository.Segment
 		for n := p.first; n < p.last; n++ {
@@ -273,14 +323,14 @@ func (l *line) add(ctx context.Context, x *repository.Index, p piece) error {
 					return err
 				}
 			}
-			if err := x.Add(s); err != nil {
+			if err := l.index.Add(s); err != nil {
 				return err
 			}
 		}
 	default:
 		for n := p.first; n < p.last; n++ {
 			s, _ := l.base.Segment(n)
-			if err := x.Add(s); err != nil {
+			if err := l.index.Add(s); err != nil {
 				return err
 			}
 		}
@@ -302,7 +352,7 @@ func (l *line) forget(ctx context.Context, n int) error {
 }
 
 // addMade waits for a segment's jobs and writes its index.
-func (l *line) addMade(ctx context.Context, x *repository.Index, s *segment) error {
+func (l *line) addMade(ctx context.Context, s *segment) error {
 	select {
 	case <-s.done:
 	case <-ctx.Done():
@@ -328,5 +378,5 @@ func (l *line) addMade(ctx context.Context, x *repository.Index, s *segment) err
 		return err
 	}
 	l.free.Put(s)
-	return x.Add(made)
+	return l.index.Add(made)
 }

@@ -34,7 +34,8 @@ func TestLineAllocations(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer writer.Close(t.Context())
-		q := Request{Repository: w.repo, Budget: Budget{Workers: 2}}
+		q := Request{Repository: w.repo, Pool: StorePool(Budget{Workers: 2}, w.repo)}
+		defer q.Pool.Close()
 		l := newLine(q, repeated{p, size}, nil, writer)
 		var before, after runtime.MemStats
 		runtime.ReadMemStats(&before)

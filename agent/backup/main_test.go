@@ -10,6 +10,8 @@ import (
 var children = map[string]func() error{
 	"kill":   killedChild,
 	"sparse": sparseChild,
+	"dense":  denseChild,
+	"resume": resumedChild,
 }
 
 // testDir is for what tests share.

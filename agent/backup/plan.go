@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"slices"
 	"time"
 
 	"stillpoint.io/stillpoint/adapters"
@@ -19,6 +20,9 @@ type Plan struct {
 	Base     *repository.Backup // of an incremental
 	Reason   string
 	Existing *repository.Backup // the backup is there already: nothing to do
+
+	Unfinished *repository.Checkpoint // what an interrupted run of this backup left
+	Resume     *repository.Checkpoint // the same, if it is worth continuing
 }
 
 // String is the plan in a sentence.
@@ -31,14 +35,15 @@ func (p Plan) String() string {
 
 // Facts is what a plan is made from.
 type Facts struct {
-	ID        string // of the backup, empty to derive it
-	Snapshot  adapters.Snapshot
-	Full      bool                // a full backup is wanted
-	Differs   bool                // the backend can compare snapshots
-	ChunkSize int64               // of the repository, bytes
-	Existing  *repository.Backup  // what bears ID already
-	Backups   []repository.Backup // of the volume
-	Snapshots []adapters.Snapshot // of the volume, verified, in the backend
+	ID         string // of the backup, empty to derive it
+	Snapshot   adapters.Snapshot
+	Full       bool                   // a full backup is wanted
+	Differs    bool                   // the backend can compare snapshots
+	ChunkSize  int64                  // of the repository, bytes
+	Existing   *repository.Backup     // what bears ID already
+	Unfinished *repository.Checkpoint // of ID
+	Backups    []repository.Backup    // of the volume
+	Snapshots  []adapters.Snapshot    // of the volume, verified, in the backend
 }
 
 // MakePlan decides. The base is the newest backup of the volume, in chunks of the same size, whose snapshot is still
@@ -61,6 +66,10 @@ func MakePlan(f Facts) (Plan, error) {
 		p.Kind, p.Existing, p.Reason = e.Kind, e, "it is backed up as "+e.Handle.String()
 		return p, nil
 	}
+	p.Unfinished = f.Unfinished
+	if f.resume(&p) {
+		return p, nil
+	}
 	switch {
 	case f.Full:
 		p.Reason = "asked for"
@@ -72,13 +81,8 @@ func MakePlan(f Facts) (Plan, error) {
 		p.Reason = "the first of this volume"
 		return p, nil
 	}
-	present := make(map[adapters.SnapshotID]adapters.Snapshot, len(f.Snapshots))
-	for _, s := range f.Snapshots {
-		present[s.ID] = s
-	}
 	for i, b := range f.Backups {
-		at, ok := present[b.Snapshot]
-		if !ok || !isOf(b, at) || at.Size != b.Size || at.State != adapters.Ready || at.Mark != adapters.Verified || b.ChunkSize != f.ChunkSize {
+		if !f.canBeBase(b) {
 			continue
 		}
 		if p.Base == nil || b.Created.After(p.Base.Created) {
@@ -91,6 +95,33 @@ func MakePlan(f Facts) (Plan, error) {
 	}
 	p.Kind, p.Reason = repository.Incremental, "since "+p.Base.Handle.String()
 	return p, nil
+}
+
+// canBeBase says that the backup's snapshot is still in the backend, as it was.
+func (f Facts) canBeBase(b repository.Backup) bool {
+	i := slices.IndexFunc(f.Snapshots, func(s adapters.Snapshot) bool { return s.ID == b.Snapshot })
+	if i < 0 {
+		return false
+	}
+	at := f.Snapshots[i]
+	return isOf(b, at) && at.Size == b.Size && at.State == adapters.Ready && at.Mark == adapters.Verified && b.ChunkSize == f.ChunkSize && b.Suspect == ""
+}
+
+// resume plans to continue an interrupted run, if that was of the same snapshot and the same base is still one.
+func (f Facts) resume(p *Plan) bool {
+	c := f.Unfinished
+	if c == nil || !isOf(c.Backup, f.Snapshot) || c.Size != f.Snapshot.Size || c.ChunkSize != f.ChunkSize || f.Full && c.Kind != repository.Full {
+		return false
+	}
+	if c.Kind == repository.Incremental {
+		i := slices.IndexFunc(f.Backups, func(b repository.Backup) bool { return b.ID == c.Base && b.Image == c.BaseImage })
+		if !f.Differs || i < 0 || !f.canBeBase(f.Backups[i]) {
+			return false
+		}
+		p.Base = &f.Backups[i]
+	}
+	p.Kind, p.Resume, p.Reason = c.Kind, c, fmt.Sprintf("continues an interrupted one at %d of %d bytes", c.Done, c.Size)
+	return true
 }
 
 // isOf says that b is of s, and not of another snapshot that had its name before.
@@ -126,6 +157,15 @@ func Prepare(ctx context.Context, q Request) (Plan, error) {
 		}
 		if b.Volume == s.ID.Volume {
 			f.Backups = append(f.Backups, b)
+		}
+	}
+	unfinished, err := q.Repository.Checkpoints(ctx, repository.Filter{Volume: s.ID.Volume})
+	if err != nil {
+		return Plan{}, err
+	}
+	for i, c := range unfinished {
+		if c.ID == id {
+			f.Unfinished = &unfinished[i]
 		}
 	}
 	if _, f.Differs = adapters.As[adapters.Differ](q.Adapter); f.Differs && f.Existing == nil && len(f.Backups) > 0 {

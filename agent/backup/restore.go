@@ -41,6 +41,7 @@ type RestoreRequest struct {
 	Volume    adapters.VolumeID
 	Size      int64 // bytes; 0: the source's, or the existing volume's. What is beyond the source reads as zeros
 	Overwrite bool  // write over an existing volume
+	GiveUp    bool  // remove what an interrupted restore of this source left, and make nothing
 	Budget    Budget
 	Progress  *Progress // may be nil
 }
@@ -52,13 +53,18 @@ type RestoreReport struct {
 	Path         string  `json:"path,omitempty"`
 	Size         int64   `json:"size"`
 	BytesWritten int64   `json:"bytes_written"` // data
+	BytesFound   int64   `json:"bytes_found"`   // data that the target had already, of an interrupted restore or of an overwritten volume
 	BytesZeroed  int64   `json:"bytes_zeroed"`  // zeros written because the target might have held something
 	Seconds      float64 `json:"seconds"`
 }
 
 // Restore makes the source into a volume, or writes it over one. Invalid: the volume would be smaller than the source.
 // Corrupt: something in the repository is not what it must be; a new volume is then not made, an overwritten one is
-// overwritten in part. A restore that died is repeated from its start.
+// overwritten in part.
+//
+// A restore that was interrupted keeps what it wrote; the same restore again continues it. From a backup, whatever the
+// target holds already is compared with the backup's digests and neither read from the repository nor written again;
+// that goes for an overwritten volume too, so that only differences move.
 func Restore(ctx context.Context, q RestoreRequest) (RestoreReport, error) {
 	started := time.Now()
 	from, err := q.Source.open(ctx)
@@ -138,13 +144,21 @@ func restore(ctx context.Context, q RestoreRequest, from opened) (RestoreReport,
 	if err != nil {
 		return RestoreReport{}, err
 	}
-	f := &filler{from: from, to: target, progress: q.Progress, buffer: max(from.chunk, 1<<20)}
+	if q.GiveUp {
+		return RestoreReport{Source: from.handle, Volume: q.Volume.String(), Size: spec.Size}, target.Abort(ctx)
+	}
+	f := &filler{from: from, to: target, progress: q.Progress, pool: readPool(q.Budget, from.chunk)}
+	defer f.pool.Close()
 	if f.progress == nil {
 		f.progress = new(Progress)
 	}
-	f.workers = q.Budget.workers(f.buffer + readMemory(from.chunk))
-	if err := f.run(ctx, spec.Size); err != nil {
+	if !target.Fresh() {
+		f.digests, _ = from.image.(*repository.Image)
+	}
+	if err := f.run(ctx, spec.Size); fault.KindOf(err) == fault.Corrupt {
 		return RestoreReport{}, errors.Join(err, target.Abort(context.WithoutCancel(ctx)))
+	} else if err != nil {
+		return RestoreReport{}, errors.Join(err, target.Close())
 	}
 	v, err := target.Commit(ctx)
 	if err != nil {
@@ -152,7 +166,7 @@ func restore(ctx context.Context, q RestoreRequest, from opened) (RestoreReport,
 	}
 	return RestoreReport{
 		Source: from.handle, Volume: v.ID.String(), Path: v.Path, Size: v.Size,
-		BytesWritten: f.written.Load(), BytesZeroed: f.zeroed.Load(),
+		BytesWritten: f.written.Load(), BytesFound: f.found.Load(), BytesZeroed: f.zeroed.Load(),
 	}, nil
 }
 
@@ -161,16 +175,16 @@ type filler struct {
 	from     opened
 	to       adapters.Target
 	progress *Progress
-	workers  int
-	buffer   int64 // bytes a worker moves at once
+	pool     *Pool
+	digests  *repository.Image // what the target may hold already; nil: nothing
 
-	written, zeroed atomic.Int64
+	written, found, zeroed atomic.Int64
 }
 
 // run copies all of the source and zeroes the rest up to size.
 func (f *filler) run(ctx context.Context, size int64) error {
 	g, ctx := errgroup.WithContext(ctx)
-	jobs := make(chan cbt.Extent, f.workers)
+	jobs := make(chan cbt.Extent, f.pool.workers())
 	g.Go(func() error {
 		defer close(jobs)
 		for e, err := range f.from.extents {
@@ -186,13 +200,13 @@ func (f *filler) run(ctx context.Context, size int64) error {
 		}
 		return nil
 	})
-	for range f.workers {
+	for range f.pool.workers() {
 		g.Go(func() error {
-			b, err := newBuffer(f.buffer)
+			b, err := f.pool.take(ctx)
 			if err != nil {
 				return err
 			}
-			defer b.free()
+			defer f.pool.give(b)
 			for e := range jobs {
 				if err := f.work(ctx, e, b.p); err != nil {
 					return err
@@ -206,7 +220,7 @@ func (f *filler) run(ctx context.Context, size int64) error {
 
 // feed cuts an extent into jobs that end on multiples of the buffer. Zeros go in larger pieces.
 func (f *filler) feed(ctx context.Context, jobs chan<- cbt.Extent, e cbt.Extent) error {
-	unit := f.buffer
+	unit := f.pool.size
 	if e.Zero {
 		if f.to.ReadsZero() {
 			return nil
@@ -229,6 +243,12 @@ func (f *filler) feed(ctx context.Context, jobs chan<- cbt.Extent, e cbt.Extent)
 func (f *filler) work(ctx context.Context, e cbt.Extent, p []byte) error {
 	defer f.progress.Done.Add(e.Length)
 	if !e.Zero {
+		if found, err := f.there(ctx, e, p); found || err != nil {
+			return err
+		}
+		if err := f.pool.throttle(ctx, e.Length); err != nil {
+			return err
+		}
 		if err := readFull(ctx, f.from.image, p, e.Offset, e.Length); err != nil {
 			return err
 		}
@@ -242,4 +262,21 @@ func (f *filler) work(ctx context.Context, e cbt.Extent, p []byte) error {
 	}
 	f.zeroed.Add(e.Length)
 	return f.to.Zero(ctx, e.Offset, e.Length)
+}
+
+// there says that the target holds an extent of whole chunks already.
+func (f *filler) there(ctx context.Context, e cbt.Extent, p []byte) (bool, error) {
+	if f.digests == nil {
+		return false, nil
+	}
+	if err := f.to.ReadAt(ctx, p[:e.Length], e.Offset); fault.KindOf(err) == fault.Unsupported {
+		return false, nil
+	} else if err != nil {
+		return false, err
+	}
+	same, err := f.digests.Holds(ctx, p[:e.Length], e.Offset)
+	if same {
+		f.found.Add(e.Length)
+	}
+	return same, err
 }

@@ -5,11 +5,13 @@ import (
 	"context"
 	"errors"
 	"math/rand/v2"
+	"path/filepath"
 	"sync/atomic"
 	"testing"
 
 	"stillpoint.io/stillpoint/adapters"
 	"stillpoint.io/stillpoint/adapters/mem"
+	"stillpoint.io/stillpoint/agent/repository"
 	"stillpoint.io/stillpoint/fault"
 )
 
@@ -152,35 +154,89 @@ func TestCancel(t *testing.T) {
 	mustEqual(t, "after", w.content(r.Backup), want)
 }
 
-// Two backups of one volume at once: of one id one remains and both are told of it, of two ids both do.
+// gate is an adapter whose snapshots are read only when somebody opens the gate.
+type gate struct {
+	*mem.Adapter
+	reached chan struct{} // a read is waiting
+	open    chan struct{}
+}
+
+type gatedImage struct {
+	adapters.Image
+	g gate
+}
+
+func (g gate) Open(ctx context.Context, id adapters.SnapshotID) (adapters.Image, error) {
+	i, err := g.Adapter.Open(ctx, id)
+	return gatedImage{i, g}, err
+}
+
+func (i gatedImage) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
+	select {
+	case i.g.reached <- struct{}{}:
+	default:
+	}
+	<-i.g.open
+	return i.Image.ReadAt(ctx, p, off)
+}
+
+// Two backups of one volume at once: the second is refused, in this process and in another one of this host; a backup of
+// another volume is not.
 func TestAtOnce(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, 64<<10, 8<<20)
-	w.write(random(rand.New(rand.NewPCG(9, 10)), 8<<20), 0)
+	rng := rand.New(rand.NewPCG(9, 10))
+	w.write(random(rng, 8<<20), 0)
 	s, want := w.cut()
-	type result struct {
-		r   Report
-		err error
-	}
-	for _, ids := range [][]string{{"", ""}, {"x", "y"}} {
-		results := make(chan result)
-		for _, id := range ids {
-			go func() {
-				q := w.request(s)
-				q.ID = id
-				r, err := Run(t.Context(), q)
-				results <- result{r, err}
-			}()
+	locks := filepath.Join(t.TempDir(), "locks")
+	open := func(locks string) *repository.Repository {
+		r, err := repository.Open(t.Context(), w.at, passphrase, repository.OpenOptions{Host: "test", Locks: locks})
+		if err != nil {
+			t.Fatal(err)
 		}
-		a, b := <-results, <-results
-		if a.err != nil || b.err != nil || (a.r.Backup == b.r.Backup) != (ids[0] == ids[1]) {
-			t.Fatalf("%v: %+v and %+v", ids, a, b)
-		}
-		mustEqual(t, "one", w.content(a.r.Backup), want)
-		mustEqual(t, "other", w.content(b.r.Backup), want)
+		t.Cleanup(func() { r.Close(context.Background()) })
+		return r
 	}
-	all, err := w.repo.Backups(t.Context(), repositoryFilter)
-	if err != nil || len(all) != 3 {
+	here, there, elsewhere := open(locks), open(locks), open("")
+	g := gate{w.adapter.(*mem.Adapter), make(chan struct{}, 1), make(chan struct{})}
+	finished := make(chan error)
+	go func() {
+		_, err := Run(t.Context(), Request{Adapter: g, Snapshot: s, Repository: here})
+		finished <- err
+	}()
+	<-g.reached
+	for name, r := range map[string]*repository.Repository{"in this process": here, "in another": there} {
+		for _, id := range []string{"", "another-id"} {
+			if _, err := Run(t.Context(), Request{Adapter: w.adapter, Snapshot: s, Repository: r, ID: id}); fault.KindOf(err) != fault.Busy {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
+	}
+	other, err := w.store.Create("other", 1<<20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cut, err := w.adapter.CreateSnapshot(t.Context(), adapters.VolumeID{Backend: "mem", ID: other.ID()}, "x")
+	if err == nil {
+		err = w.adapter.Publish(t.Context(), cut.ID, adapters.Notes{})
+	}
+	if err == nil {
+		_, err = Run(t.Context(), Request{Adapter: w.adapter, Snapshot: cut.ID, Repository: there})
+	}
+	if err != nil {
+		t.Errorf("another volume: %v", err)
+	}
+	// A host that shares no locks makes the same backup: one remains, and both are told of it.
+	r, err := Run(t.Context(), Request{Adapter: w.adapter, Snapshot: s, Repository: elsewhere})
+	if err != nil {
+		t.Error(err)
+	}
+	close(g.open)
+	if err := <-finished; err != nil {
+		t.Error(err)
+	}
+	mustEqual(t, "the one", w.content(r.Backup), want)
+	if all, err := w.repo.Backups(t.Context(), repositoryFilter); err != nil || len(all) != 2 {
 		t.Errorf("%d backups: %v", len(all), err)
 	}
 }

@@ -31,11 +31,13 @@ const (
 // another process committed the same id meanwhile, its backup is returned when it is of the same snapshot, and the
 // error is Busy when it is not.
 func (w *Writer) Commit(ctx context.Context, b Backup, sample []int64) (Backup, error) {
-	m, err := w.describe(ctx, &b)
+	s := w.use()
+	defer s.users.Done()
+	m, err := w.r.describe(ctx, s, &b)
 	if err != nil {
 		return Backup{}, err
 	}
-	if err := w.kopia.Flush(ctx); err != nil {
+	if err := s.kopia.Flush(ctx); err != nil {
 		return Backup{}, w.r.at.fault("writing to", err)
 	}
 	back, err := w.r.reopen(ctx)
@@ -46,9 +48,12 @@ func (w *Writer) Commit(ctx context.Context, b Backup, sample []int64) (Backup, 
 	if err := back.check(ctx, b, sample); err != nil {
 		return Backup{}, fmt.Errorf("reading back backup %s: %w", b.ID, err)
 	}
-	id, err := snapshot.SaveSnapshot(ctx, w.kopia, m)
+	if err := w.r.dropCheckpoints(ctx, s, b); err != nil {
+		return Backup{}, err
+	}
+	id, err := snapshot.SaveSnapshot(ctx, s.kopia, m)
 	if err == nil {
-		err = w.kopia.Flush(ctx)
+		err = s.kopia.Flush(ctx)
 	}
 	if err != nil {
 		return Backup{}, w.r.at.fault("writing to", err)
@@ -73,8 +78,8 @@ func (w *Writer) Commit(ctx context.Context, b Backup, sample []int64) (Backup, 
 }
 
 // describe writes volume.json and the directory, and makes the manifest.
-func (w *Writer) describe(ctx context.Context, b *Backup) (*snapshot.Manifest, error) {
-	b.Handle = Handle{}
+func (r *Repository) describe(ctx context.Context, s *session, b *Backup) (*snapshot.Manifest, error) {
+	b.Handle, b.Standing = Handle{}, Standing{}
 	text, err := json.Marshal(b)
 	if err != nil {
 		return nil, err
@@ -84,36 +89,45 @@ func (w *Writer) describe(ctx context.Context, b *Backup) (*snapshot.Manifest, e
 		return nil, err
 	}
 	pretty.WriteByte('\n')
-	file, err := w.put(ctx, pretty.Bytes(), "", content.NoCompression)
+	file, err := s.put(ctx, pretty.Bytes(), "", content.NoCompression)
 	if err != nil {
 		return nil, err
 	}
-	at := fs.UTCTimestampFromTime(b.Created)
-	summary := &fs.DirectorySummary{TotalFileSize: b.Size + int64(pretty.Len()), TotalFileCount: 2, TotalDirCount: 1, MaxModTime: at}
-	directory, err := json.Marshal(snapshot.DirManifest{
-		StreamType: "kopia:directory",
-		Entries: []*snapshot.DirEntry{
-			{Name: imageName, Type: snapshot.EntryTypeFile, Permissions: 0o600, FileSize: b.Size, ModTime: at, ObjectID: b.Image.id},
-			{Name: descriptionName, Type: snapshot.EntryTypeFile, Permissions: 0o600, FileSize: int64(pretty.Len()), ModTime: at, ObjectID: object.DirectObjectID(file)},
-		},
-		Summary: summary,
+	m, err := r.directory(ctx, s, b, []*snapshot.DirEntry{
+		{Name: imageName, FileSize: b.Size, ObjectID: b.Image.id},
+		{Name: descriptionName, FileSize: int64(pretty.Len()), ObjectID: object.DirectObjectID(file)},
 	})
 	if err != nil {
 		return nil, err
 	}
-	root, err := w.put(ctx, append(directory, '\n'), "k", indexCompressor)
+	m.Description = "Stillpoint backup of " + b.Snapshot.Full()
+	m.EndTime = fs.UTCTimestampFromTime(b.Finished)
+	m.Tags = map[string]string{idLabel: b.ID, volumeLabel: b.Volume.String(), descriptionLabel: string(text)}
+	return m, nil
+}
+
+// directory writes a folder of files and makes a manifest of the backup's source with the folder as its root.
+func (r *Repository) directory(ctx context.Context, s *session, b *Backup, files []*snapshot.DirEntry) (*snapshot.Manifest, error) {
+	at := fs.UTCTimestampFromTime(b.Created)
+	summary := &fs.DirectorySummary{TotalFileCount: int64(len(files)), TotalDirCount: 1, MaxModTime: at}
+	for _, f := range files {
+		f.Type, f.Permissions, f.ModTime = snapshot.EntryTypeFile, 0o600, at
+		summary.TotalFileSize += f.FileSize
+	}
+	text, err := json.Marshal(snapshot.DirManifest{StreamType: "kopia:directory", Entries: files, Summary: summary})
+	if err != nil {
+		return nil, err
+	}
+	root, err := s.put(ctx, append(text, '\n'), "k", indexCompressor)
 	if err != nil {
 		return nil, err
 	}
 	b.root = object.DirectObjectID(root)
 	return &snapshot.Manifest{
-		Source:      snapshot.SourceInfo{Host: w.r.host, UserName: userName, Path: "/" + b.Volume.Backend + "/" + strings.TrimPrefix(b.Volume.ID, "/")},
-		Description: "Stillpoint backup of " + b.Snapshot.Full(),
-		StartTime:   fs.UTCTimestampFromTime(b.Created), // kopia orders and expires by it
-		EndTime:     fs.UTCTimestampFromTime(b.Finished),
-		Stats:       snapshot.Stats{TotalFileSize: summary.TotalFileSize, TotalFileCount: 2, TotalDirectoryCount: 1},
-		RootEntry:   &snapshot.DirEntry{Name: path.Base(b.Volume.ID), Type: snapshot.EntryTypeDirectory, Permissions: 0o700, ModTime: at, ObjectID: b.root, DirSummary: summary},
-		Tags:        map[string]string{idLabel: b.ID, volumeLabel: b.Volume.String(), descriptionLabel: string(text)},
+		Source:    snapshot.SourceInfo{Host: r.host, UserName: userName, Path: "/" + b.Volume.Backend + "/" + strings.TrimPrefix(b.Volume.ID, "/")},
+		StartTime: at, // kopia orders and expires by it
+		Stats:     snapshot.Stats{TotalFileSize: summary.TotalFileSize, TotalFileCount: int32(len(files)), TotalDirectoryCount: 1},
+		RootEntry: &snapshot.DirEntry{Name: path.Base(b.Volume.ID), Type: snapshot.EntryTypeDirectory, Permissions: 0o700, ModTime: at, ObjectID: b.root, DirSummary: summary},
 	}, nil
 }
 
@@ -136,11 +150,7 @@ func (m *manifestReader) GetManifest(ctx context.Context, id manifest.ID, data a
 }
 
 func (r *Repository) reopen(ctx context.Context) (*reader, error) {
-	st, err := openFolder(ctx, &folderOptions{Path: r.at.Path}, false)
-	if err != nil {
-		return nil, r.at.fault("opening", err)
-	}
-	shared, err := content.NewSharedManager(ctx, readonly.NewWrapper(st), r.kopia.FormatManager(), nil, nil, nil, nil)
+	shared, err := content.NewSharedManager(ctx, readonly.NewWrapper(r.medium), r.kopia.FormatManager(), nil, nil, nil, nil)
 	if err != nil {
 		return nil, r.at.fault("opening", err)
 	}
@@ -195,7 +205,7 @@ func (r *Repository) checkDescription(ctx context.Context, from content.Reader, 
 	if err := r.readJSON(ctx, from, objects[descriptionName], &stored); err != nil {
 		return err
 	}
-	b.Handle = Handle{}
+	b.Handle, b.Standing = Handle{}, Standing{}
 	want, err := json.Marshal(b)
 	if err != nil {
 		return err

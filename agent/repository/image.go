@@ -218,6 +218,23 @@ func (i *Image) readChunk(ctx context.Context, p []byte, off int64) (int, error)
 	return copy(p[:want], data[off-start:]), nil
 }
 
+// Holds says that p, which is whole chunks, is what the image holds at off. It compares digests and reads no data.
+func (i *Image) Holds(ctx context.Context, p []byte, off int64) (bool, error) {
+	size := i.r.ChunkSize()
+	for len(p) > 0 {
+		chunks, err := i.Chunks(ctx, int(off/SegmentSize))
+		if err != nil {
+			return false, err
+		}
+		n := min(size, i.size-off, int64(len(p)))
+		if i.r.ChunkOf(p[:n]) != chunks[off%SegmentSize/size] {
+			return false, nil
+		}
+		p, off = p[n:], off+n
+	}
+	return true, nil
+}
+
 // Extents gives the image as runs of whole chunks, data and zero, from offset 0 to its end without a gap. It reads the
 // index of every segment that is not all zero.
 func (i *Image) Extents(ctx context.Context) cbt.Seq {

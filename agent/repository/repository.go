@@ -7,16 +7,13 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
 	"math/bits"
 	"os"
-	"path/filepath"
-	"strings"
 	"time"
 
 	"github.com/kopia/kopia/repo"
 	"github.com/kopia/kopia/repo/blob"
-	"github.com/kopia/kopia/repo/content"
+	"github.com/kopia/kopia/repo/blob/throttling"
 	"github.com/kopia/kopia/repo/format"
 	"github.com/kopia/kopia/repo/hashing"
 	"github.com/kopia/kopia/repo/maintenance"
@@ -25,14 +22,6 @@ import (
 	"stillpoint.io/stillpoint/adapters"
 	"stillpoint.io/stillpoint/fault"
 )
-
-// Location says where a repository is.
-type Location struct {
-	Path string // a folder of a filesystem
-}
-
-// String returns the location as messages show it.
-func (l Location) String() string { return l.Path }
 
 // Options are fixed when a repository is created; they are stored in it.
 type Options struct {
@@ -54,19 +43,26 @@ type OpenOptions struct {
 	Remote   string // the remote's name in handles, "default" if empty
 	Host     string // the cluster or host that backups are filed under, the machine's host name if empty
 	ReadOnly bool   // every change is refused, also by kopia
+	Uncached bool   // what is read comes from the remote and never from a copy on this machine
+	Locks    string // a folder for locks between the processes of this host, see Lock; empty: there are none
+	// UploadBytes and DownloadBytes bound what goes to the medium and comes from it, in bytes a second; 0: no limit.
+	UploadBytes, DownloadBytes int64
 }
 
 // Repository is an open kopia repository. Its methods are safe in parallel. Close it. Nothing of it is kept on this
-// machine: kopia's index of all contents is in memory while the repository is open, about 60 bytes for each chunk that
-// is stored.
+// machine but what S3.Cache asks for: kopia's index of all contents is in memory while the repository is open, about 60
+// bytes for each chunk that is stored.
 type Repository struct {
 	at       Location
+	medium   blob.Storage // what is really there, with no cache in between
 	remote   string
 	host     string
 	settings settings
 	kopia    repo.DirectRepository
 	hash     hashing.HashFunc
 	zeros    zeros
+	locks    string
+	locked   volumes
 }
 
 // settings is the manifest, of type settingsType, by which a kopia repository is one of ours.
@@ -81,8 +77,8 @@ const (
 	userName      = "stillpoint" // in kopia's source, before the @
 )
 
-// Init creates an empty repository. The folder is made if it is not there; Busy if there is a repository already,
-// Invalid if there is anything else or an option is out of range.
+// Init creates an empty repository. A folder is made if it is not there, a bucket is not. Busy if there is a repository
+// already, Invalid if there is anything else, the location is wrong or an option is out of range.
 func Init(ctx context.Context, at Location, passphrase adapters.Secret, o Options) error {
 	o.ChunkSize = cmp.Or(o.ChunkSize, DefaultChunkSize)
 	if o.ChunkSize < MinChunkSize || o.ChunkSize > MaxChunkSize || bits.OnesCount64(uint64(o.ChunkSize)) != 1 {
@@ -91,20 +87,11 @@ func Init(ctx context.Context, at Location, passphrase adapters.Secret, o Option
 	if passphrase.Reveal() == "" {
 		return fault.Errorf(fault.Invalid, "repository %s: the passphrase is empty", at)
 	}
-	entries, err := os.ReadDir(at.Path)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return at.fault("creating", err)
-	}
-	if len(entries) > 0 {
-		if _, err := os.Stat(filepath.Join(at.Path, format.KopiaRepositoryBlobID+".f")); err == nil {
-			return fault.Errorf(fault.Busy, "repository %s: there is one already", at)
-		}
-		return fault.Errorf(fault.Invalid, "repository %s: the folder is not empty; choose an empty or a new one", at)
-	}
-	st, err := openFolder(ctx, &folderOptions{Path: at.Path}, true)
+	st, err := at.create(ctx)
 	if err != nil {
-		return at.fault("creating", err)
+		return err
 	}
+	defer st.Close(context.WithoutCancel(ctx))
 	err = repo.Initialize(ctx, st, &repo.NewRepositoryOptions{
 		BlockFormat:  format.ContentFormat{Hash: "BLAKE3-256", Encryption: "AES256-GCM-HMAC-SHA256"},
 		ObjectFormat: format.ObjectFormat{Splitter: "FIXED-1M"}, // of kopia's own files, and of our indexes' top level
@@ -118,7 +105,7 @@ func Init(ctx context.Context, at Location, passphrase adapters.Secret, o Option
 	if err != nil {
 		return err
 	}
-	k, err := connect(ctx, at, passphrase, OpenOptions{Host: host})
+	k, err := connect(ctx, at, st, passphrase, OpenOptions{Host: host})
 	if err != nil {
 		return err
 	}
@@ -152,16 +139,20 @@ func Open(ctx context.Context, at Location, passphrase adapters.Secret, o OpenOp
 	if o.Host, err = hostOr(o.Host); err != nil {
 		return nil, err
 	}
-	k, err := connect(ctx, at, passphrase, o)
+	medium, err := at.open(ctx)
 	if err != nil {
 		return nil, err
 	}
+	k, err := connect(ctx, at, medium, passphrase, o)
+	if err != nil {
+		return nil, errors.Join(err, medium.Close(context.WithoutCancel(ctx)))
+	}
 	r := &Repository{
-		at: at, remote: cmp.Or(o.Remote, "default"), host: o.Host, kopia: k,
-		hash: k.FormatManager().HashFunc(),
+		at: at, medium: medium, remote: cmp.Or(o.Remote, "default"), host: o.Host, kopia: k,
+		hash: k.FormatManager().HashFunc(), locks: o.Locks,
 	}
 	if err := r.loadSettings(ctx); err != nil {
-		return nil, errors.Join(err, k.Close(ctx))
+		return nil, errors.Join(err, r.Close(context.WithoutCancel(ctx)))
 	}
 	return r, nil
 }
@@ -185,18 +176,19 @@ func (r *Repository) loadSettings(ctx context.Context) error {
 
 // connect opens the repository with kopia. Kopia wants its configuration in a file: one in memory, without the
 // passphrase. It says nothing about a cache, not even that there is none: then KOPIA_CACHE_DIRECTORY would make one, and
-// what another repository left there would be taken for this one's.
-func connect(ctx context.Context, at Location, passphrase adapters.Secret, o OpenOptions) (repo.DirectRepository, error) {
+// what another repository left there would be taken for this one's. Our own cache is below kopia, in the storage.
+func connect(ctx context.Context, at Location, medium blob.Storage, passphrase adapters.Secret, o OpenOptions) (repo.DirectRepository, error) {
 	registerFolder()
-	if _, err := os.Stat(filepath.Join(at.Path, format.KopiaRepositoryBlobID+".f")); errors.Is(err, fs.ErrNotExist) {
-		return nil, fault.Errorf(fault.NotFound, "repository %s: there is none; `stillpoint remote init` makes one", at)
-	} else if err != nil {
-		return nil, at.fault("opening", err)
+	registerBucket()
+	id, err := at.identify(ctx, medium)
+	if err != nil {
+		return nil, err
 	}
 	config, err := json.Marshal(repo.LocalConfig{
-		Storage: &blob.ConnectionInfo{Type: folderType, Config: &folderOptions{Path: at.Path}},
+		Storage: at.connection(id, !o.Uncached),
 		ClientOptions: repo.ClientOptions{
 			Hostname: o.Host, Username: userName, Description: at.String(), ReadOnly: o.ReadOnly,
+			Throttling:              &throttling.Limits{UploadBytesPerSecond: float64(o.UploadBytes), DownloadBytesPerSecond: float64(o.DownloadBytes)},
 			FormatBlobCacheDuration: format.DefaultRepositoryBlobCacheDuration,
 		},
 	})
@@ -227,7 +219,7 @@ func connect(ctx context.Context, at Location, passphrase adapters.Secret, o Ope
 
 // Close releases everything. No call may be under way, and none may follow.
 func (r *Repository) Close(ctx context.Context) error {
-	return r.at.fault("closing", r.kopia.Close(ctx))
+	return r.at.fault("closing", errors.Join(r.kopia.Close(ctx), r.medium.Close(ctx)))
 }
 
 // Remote is the name that handles of this repository's backups begin with.
@@ -268,27 +260,4 @@ func (r *Repository) Status(ctx context.Context) (Status, error) {
 		return nil
 	})
 	return s, r.at.fault("listing", err)
-}
-
-// fault gives an error of kopia or of the medium its kind. doing says what failed, as in "opening".
-func (l Location) fault(doing string, err error) error {
-	if err == nil {
-		return nil
-	}
-	kind, remedy := fault.KindOf(err), ""
-	switch {
-	case kind != fault.Internal:
-	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
-		kind, remedy = fault.Exhausted, "; make room, or forget backups and run maintenance"
-	case errors.Is(err, unix.EROFS), errors.Is(err, fs.ErrPermission):
-		kind, remedy = fault.Invalid, "; it cannot be written from here"
-	case errors.Is(err, unix.ENOTDIR):
-		kind, remedy = fault.Invalid, "; a repository is a folder"
-	case errors.Is(err, blob.ErrBlobNotFound), errors.Is(err, content.ErrContentNotFound), errors.Is(err, blob.ErrInvalidRange),
-		strings.Contains(err.Error(), "message authentication failed"): // crypto/cipher exports no error for it
-		kind = fault.Corrupt
-	case errors.Is(err, unix.ENOTCONN), errors.Is(err, unix.ESTALE), errors.Is(err, unix.ETIMEDOUT), errors.Is(err, unix.EIO):
-		kind = fault.Unavailable
-	}
-	return fault.Errorf(kind, "%s repository %s: %w%s", doing, l, err, remedy)
 }

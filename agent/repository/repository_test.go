@@ -21,7 +21,7 @@ var secret = adapters.NewSecret("correct horse battery staple")
 
 func mustInit(t testing.TB, chunk int64) Location {
 	t.Helper()
-	at := Location{filepath.Join(t.TempDir(), "repository")}
+	at := Location{Path: filepath.Join(t.TempDir(), "repository")}
 	if err := Init(t.Context(), at, secret, Options{ChunkSize: chunk, Host: "test"}); err != nil {
 		t.Fatal(err)
 	}
@@ -51,8 +51,7 @@ func commit(r *Repository, id string, fill ...byte) (Backup, error) {
 		return Backup{}, err
 	}
 	defer w.Close(ctx)
-	x := w.NewIndex(ctx)
-	defer x.Close()
+	x := w.NewIndex(int64(len(fill)) * r.ChunkSize())
 	var chunks []Chunk
 	for _, b := range fill {
 		p := make([]byte, r.ChunkSize())
@@ -86,11 +85,11 @@ func commit(r *Repository, id string, fill ...byte) (Backup, error) {
 
 func TestInitRefuses(t *testing.T) {
 	at := mustInit(t, 0)
-	occupied := Location{t.TempDir()}
+	occupied := Location{Path: t.TempDir()}
 	if err := os.WriteFile(filepath.Join(occupied.Path, "file"), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	fresh := Location{filepath.Join(t.TempDir(), "new")}
+	fresh := Location{Path: filepath.Join(t.TempDir(), "new")}
 	for name, c := range map[string]struct {
 		at         Location
 		passphrase adapters.Secret
@@ -99,7 +98,7 @@ func TestInitRefuses(t *testing.T) {
 	}{
 		"there is one already": {at, secret, 0, fault.Busy},
 		"something is there":   {occupied, secret, 0, fault.Invalid},
-		"a file":               {Location{filepath.Join(occupied.Path, "file")}, secret, 0, fault.Invalid},
+		"a file":               {Location{Path: filepath.Join(occupied.Path, "file")}, secret, 0, fault.Invalid},
 		"chunk too small":      {fresh, secret, MinChunkSize / 2, fault.Invalid},
 		"chunk too large":      {fresh, secret, MaxChunkSize * 2, fault.Invalid},
 		"chunk not a power":    {fresh, secret, 3 << 20, fault.Invalid},
@@ -119,14 +118,14 @@ func TestOpenRefuses(t *testing.T) {
 	if _, err := Open(t.Context(), at, adapters.NewSecret("wrong"), OpenOptions{}); fault.KindOf(err) != fault.Invalid || !strings.Contains(err.Error(), "wrong passphrase") {
 		t.Errorf("wrong passphrase: %v", err)
 	}
-	if _, err := Open(t.Context(), Location{t.TempDir()}, secret, OpenOptions{}); fault.KindOf(err) != fault.NotFound || !strings.Contains(err.Error(), "stillpoint remote init") {
+	if _, err := Open(t.Context(), Location{Path: t.TempDir()}, secret, OpenOptions{}); fault.KindOf(err) != fault.NotFound || !strings.Contains(err.Error(), "stillpoint remote init") {
 		t.Errorf("nothing there: %v", err)
 	}
 	file := filepath.Join(t.TempDir(), "file")
 	if err := os.WriteFile(file, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Open(t.Context(), Location{file}, secret, OpenOptions{}); fault.KindOf(err) != fault.Invalid {
+	if _, err := Open(t.Context(), Location{Path: file}, secret, OpenOptions{}); fault.KindOf(err) != fault.Invalid {
 		t.Errorf("a file: %v", err)
 	}
 	foreign := t.TempDir()
@@ -137,7 +136,7 @@ func TestOpenRefuses(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Open(t.Context(), Location{foreign}, secret, OpenOptions{}); fault.KindOf(err) != fault.Invalid || !strings.Contains(err.Error(), "stillpoint remote init") {
+	if _, err := Open(t.Context(), Location{Path: foreign}, secret, OpenOptions{}); fault.KindOf(err) != fault.Invalid || !strings.Contains(err.Error(), "stillpoint remote init") {
 		t.Errorf("somebody else's: %v", err)
 	}
 }

@@ -11,34 +11,51 @@ import (
 	"github.com/kopia/kopia/repo"
 	"github.com/kopia/kopia/repo/compression"
 	"github.com/kopia/kopia/repo/content"
+	"github.com/kopia/kopia/repo/manifest"
 	"github.com/kopia/kopia/repo/object"
 
 	"stillpoint.io/stillpoint/fault"
 )
 
-// Writer is a session that adds one backup. Its methods are safe in parallel. What it writes is invisible until Commit,
-// and goes with kopia's maintenance if Commit never comes.
+// Writer adds one backup. Its methods are safe in parallel, except where they say otherwise. What it writes is invisible
+// until Checkpoint, for whoever continues, and until Commit for everybody; it goes with kopia's maintenance if neither
+// ever comes.
 type Writer struct {
-	r      *Repository
-	kopia  repo.DirectRepositoryWriter
-	put    func(ctx context.Context, p []byte, prefix content.IDPrefix, comp compression.HeaderID) (content.ID, error)
-	stored atomic.Int64
-	fresh  *freshChunks
+	r          *Repository
+	stored     atomic.Int64
+	fresh      *freshChunks
+	checkpoint manifest.ID // the last one's
+
+	mu      sync.Mutex
+	current *session
 }
 
-// NewWriter begins a session. Close it.
+// session is one of kopia's. A checkpoint ends one and begins the next, so that nobody waits while it is flushed.
+type session struct {
+	kopia repo.DirectRepositoryWriter
+	put   func(ctx context.Context, p []byte, prefix content.IDPrefix, comp compression.HeaderID) (content.ID, error)
+	users sync.WaitGroup
+}
+
+// NewWriter begins. Close it.
 func (r *Repository) NewWriter(ctx context.Context) (*Writer, error) {
-	if err := sweepPartial(r.at.Path); err != nil {
+	if err := r.at.sweep(); err != nil {
 		return nil, r.at.fault("writing to", err)
 	}
 	w := &Writer{r: r, fresh: new(freshChunks)}
-	_, k, err := r.kopia.NewDirectWriter(ctx, repo.WriteSessionOptions{Purpose: "stillpoint backup", OnUpload: func(n int64) { w.stored.Add(n) }})
+	var err error
+	w.current, err = w.begin(ctx)
+	return w, err
+}
+
+func (w *Writer) begin(ctx context.Context) (*session, error) {
+	_, k, err := w.r.kopia.NewDirectWriter(ctx, repo.WriteSessionOptions{Purpose: "stillpoint backup", OnUpload: func(n int64) { w.stored.Add(n) }})
 	if err != nil {
-		return nil, r.at.fault("writing to", err)
+		return nil, w.r.at.fault("writing to", err)
 	}
-	w.kopia = k
+	s := &session{kopia: k}
 	m := k.ContentManager()
-	w.put = func(ctx context.Context, p []byte, prefix content.IDPrefix, comp compression.HeaderID) (content.ID, error) {
+	s.put = func(ctx context.Context, p []byte, prefix content.IDPrefix, comp compression.HeaderID) (content.ID, error) {
 		if err := ctx.Err(); err != nil {
 			return content.EmptyID, err
 		}
@@ -49,13 +66,37 @@ func (r *Repository) NewWriter(ctx context.Context) (*Writer, error) {
 		b.Slices = s.list[:]
 		id, err := m.WriteContent(ctx, b, prefix, comp)
 		s.list[0] = nil
-		return id, r.at.fault("writing to", err)
+		return id, w.r.at.fault("writing to", err)
 	}
-	return w, nil
+	return s, nil
 }
 
-// Close ends the session. Without a Commit nothing of it will ever be seen.
-func (w *Writer) Close(ctx context.Context) error { return w.r.at.fault("closing", w.kopia.Close(ctx)) }
+// use gives the session to write to. Its user says Done.
+func (w *Writer) use() *session {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.current.users.Add(1)
+	return w.current
+}
+
+func (w *Writer) put(ctx context.Context, p []byte, prefix content.IDPrefix, comp compression.HeaderID) (content.ID, error) {
+	s := w.use()
+	defer s.users.Done()
+	return s.put(ctx, p, prefix, comp)
+}
+
+// has says whether the repository, or this writer's session, has a content.
+func (w *Writer) has(ctx context.Context, id content.ID) bool {
+	s := w.use()
+	defer s.users.Done()
+	info, err := s.kopia.ContentInfo(ctx, id)
+	return err == nil && !info.Deleted
+}
+
+// Close ends the session. Without a Commit nothing of it will ever be seen, except by who continues from a checkpoint.
+func (w *Writer) Close(ctx context.Context) error {
+	return w.r.at.fault("closing", w.current.kopia.Close(ctx))
+}
 
 // Stored is how many bytes went to the repository so far, compressed and with indexes.
 func (w *Writer) Stored() int64 { return w.stored.Load() }
@@ -86,7 +127,7 @@ func (w *Writer) Write(ctx context.Context, p []byte) (c Chunk, fresh bool, err 
 // WriteZero stores length zero bytes, at most the chunk size, if the repository has them not yet.
 func (w *Writer) WriteZero(ctx context.Context, length int64) (Chunk, error) {
 	c := w.r.ZeroChunk(length)
-	if info, err := w.kopia.ContentInfo(ctx, c.id); err == nil && !info.Deleted {
+	if w.has(ctx, c.id) {
 		return c, nil
 	}
 	_, err := w.put(ctx, make([]byte, length), "", chunkCompressor)
@@ -140,7 +181,7 @@ func (w *Writer) WriteSegment(ctx context.Context, chunks []Chunk, length int64)
 // WriteZeroSegment stores the index of an all-zero segment, if the repository has it not yet.
 func (w *Writer) WriteZeroSegment(ctx context.Context, length int64) (Segment, error) {
 	id := w.r.zeroSegment(length)
-	if info, err := w.kopia.ContentInfo(ctx, id); err == nil && !info.Deleted {
+	if w.has(ctx, id) {
 		return Segment{id, length}, nil
 	}
 	for off := int64(0); off < length; off += w.r.ChunkSize() {
@@ -151,18 +192,17 @@ func (w *Writer) WriteZeroSegment(ctx context.Context, length int64) (Segment, e
 	return w.WriteSegment(ctx, w.r.zeroChunks(length), length)
 }
 
-// Index is the top level of an image's index, written segment by segment. It is not safe in parallel.
+// Index is the top level of an image's index, collected segment by segment: 36 bytes of memory for each. It is not safe in
+// parallel.
 type Index struct {
-	w    *Writer
-	out  object.Writer
-	buf  []byte
-	size int64
+	w        *Writer
+	segments []content.ID
+	size     int64
 }
 
-// NewIndex begins the top level. Close it.
-func (w *Writer) NewIndex(ctx context.Context) *Index {
-	out := w.kopia.NewObjectWriter(ctx, object.WriterOptions{Description: "disk.img", Prefix: indexPrefix, Compressor: "zstd-fastest", MetadataCompressor: "zstd-fastest"})
-	return &Index{w: w, out: out, buf: append(make([]byte, 0, 64<<10), indexHead...)}
+// NewIndex begins the top level of an image of size bytes.
+func (w *Writer) NewIndex(size int64) *Index {
+	return &Index{w: w, segments: make([]content.ID, 0, chunksIn(size, SegmentSize))}
 }
 
 // Add appends the next segment. All but the last have SegmentSize bytes.
@@ -170,42 +210,62 @@ func (x *Index) Add(s Segment) error {
 	if x.size%SegmentSize != 0 || s.Length <= 0 || s.Length > SegmentSize {
 		return errors.New("a segment at the wrong place")
 	}
-	if x.size > 0 {
-		x.buf = append(x.buf, ',')
-	}
-	x.buf = appendEntry(x.buf, entry{x.size, s.Length, s.id})
+	x.segments = append(x.segments, s.id)
 	x.size += s.Length
-	if len(x.buf) < cap(x.buf)-1<<10 {
-		return nil
-	}
-	return x.flush()
-}
-
-func (x *Index) flush() error {
-	_, err := x.out.Write(x.buf)
-	x.buf = x.buf[:0]
-	return x.w.r.at.fault("writing to", err)
+	return nil
 }
 
 // Finish stores the top level. An image of no bytes is an empty object.
 func (x *Index) Finish(ctx context.Context) (ImageID, error) {
-	if x.size == 0 {
-		id, err := x.w.put(ctx, nil, "", content.NoCompression)
+	s := x.w.use()
+	defer s.users.Done()
+	return x.Part().store(ctx, x.w.r, s)
+}
+
+// Part is the start of an image: all the segments that an Index had at a moment.
+type Part struct {
+	segments []content.ID // shared with the index, which only appends
+	Size     int64        // bytes
+}
+
+// Part is what the index has so far.
+func (x *Index) Part() Part { return Part{x.segments, x.size} }
+
+// store writes the part's top level.
+func (p Part) store(ctx context.Context, r *Repository, s *session) (ImageID, error) {
+	if p.Size == 0 {
+		id, err := s.put(ctx, nil, "", content.NoCompression)
 		return ImageID{object.DirectObjectID(id)}, err
 	}
-	x.buf = append(x.buf, indexTail...)
-	if err := x.flush(); err != nil {
-		return ImageID{}, err
+	out := s.kopia.NewObjectWriter(ctx, object.WriterOptions{Description: "disk.img", Prefix: indexPrefix, Compressor: "zstd-fastest", MetadataCompressor: "zstd-fastest"})
+	defer out.Close()
+	buf := append(make([]byte, 0, 64<<10), indexHead...)
+	for n, id := range p.segments {
+		if n > 0 {
+			buf = append(buf, ',')
+		}
+		start := int64(n) * SegmentSize
+		buf = appendEntry(buf, entry{start, min(SegmentSize, p.Size-start), id})
+		if len(buf) < cap(buf)-1<<10 {
+			continue
+		}
+		if err := ctx.Err(); err != nil {
+			return ImageID{}, err
+		}
+		if _, err := out.Write(buf); err != nil {
+			return ImageID{}, r.at.fault("writing to", err)
+		}
+		buf = buf[:0]
 	}
-	index, err := x.out.Result()
+	if _, err := out.Write(append(buf, indexTail...)); err != nil {
+		return ImageID{}, r.at.fault("writing to", err)
+	}
+	index, err := out.Result()
 	if err != nil {
-		return ImageID{}, x.w.r.at.fault("writing to", err)
+		return ImageID{}, r.at.fault("writing to", err)
 	}
 	return parseImageID("I" + index.String())
 }
-
-// Close releases the index, finished or not.
-func (x *Index) Close() error { return x.out.Close() }
 
 // ImageID is kopia's id of an image: a digest of all of it.
 type ImageID struct{ id object.ID }

@@ -65,7 +65,7 @@ func (a *app) listBackups(ctx context.Context, remote string, args []string) err
 }
 
 // inRemotes calls f for each backup handle with its repository, opening each remote once.
-func (a *app) inRemotes(ctx context.Context, handles []string, f func(*repository.Repository, string) error) (err error) {
+func (a *app) inRemotes(ctx context.Context, handles []string, o repository.OpenOptions, f func(*repository.Repository, string) error) (err error) {
 	var parsed []repository.Handle
 	for _, s := range handles {
 		h, err := repository.ParseHandle(s)
@@ -85,7 +85,7 @@ func (a *app) inRemotes(ctx context.Context, handles []string, f func(*repositor
 		r, ok := open[h.Remote]
 		if !ok {
 			var err error
-			if r, err = a.repository(ctx, h.Remote); err != nil {
+			if r, err = a.openRepository(ctx, h.Remote, o); err != nil {
 				return err
 			}
 			open[h.Remote] = r

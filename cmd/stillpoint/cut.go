@@ -198,6 +198,9 @@ func node() cut.Node {
 // records is where freezers write down what they freeze, for whoever sweeps up after them.
 func records() string { return filepath.Join(runFolder(), "freezer") }
 
+// locks is where backups of this host exclude each other.
+func locks() string { return filepath.Join(runFolder(), "locks") }
+
 func runFolder() string {
 	if dir := os.Getenv(envRun); dir != "" {
 		return dir

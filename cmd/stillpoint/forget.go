@@ -12,7 +12,7 @@ func (a *app) forgetCommand() *cobra.Command {
 		Short: "Remove backups from a remote; the space comes back with the repository's maintenance",
 		Args:  arguments(1, -1, "backups"),
 		RunE: func(c *cobra.Command, args []string) error {
-			return a.inRemotes(c.Context(), args, func(r *repository.Repository, id string) error {
+			return a.inRemotes(c.Context(), args, repository.OpenOptions{}, func(r *repository.Repository, id string) error {
 				if err := r.Forget(c.Context(), id); err != nil {
 					return err
 				}

@@ -41,6 +41,7 @@ func main() {
 func run(args []string, stdout, stderr io.Writer) int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
+	context.AfterFunc(ctx, stop) // the second signal ends the program at once
 	a := &app{stdout: stdout, stderr: stderr, open: map[string]adapters.Adapter{}}
 	root := a.rootCommand()
 	root.SetArgs(args)
@@ -205,11 +206,16 @@ func (a *app) snapshot(ctx context.Context, s string) (adapters.Adapter, adapter
 
 // repository opens a remote's repository.
 func (a *app) repository(ctx context.Context, remote string) (*repository.Repository, error) {
+	return a.openRepository(ctx, remote, repository.OpenOptions{})
+}
+
+func (a *app) openRepository(ctx context.Context, remote string, o repository.OpenOptions) (*repository.Repository, error) {
 	location, passphrase, err := a.config.remote(remote)
 	if err != nil {
 		return nil, err
 	}
-	r, err := repository.Open(ctx, location, passphrase, repository.OpenOptions{Remote: remote})
+	o.Remote, o.Locks = remote, locks()
+	r, err := repository.Open(ctx, location, passphrase, o)
 	if err != nil {
 		return nil, fmt.Errorf("remote %q: %w", remote, err)
 	}

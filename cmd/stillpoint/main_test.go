@@ -305,7 +305,7 @@ func TestTheWholeStory(t *testing.T) {
 	must(t, "backup", volume)
 	own := 0
 	for _, s := range decode[struct{ Name string }](t, must(t, "snapshots", "--json", volume)) {
-		if isOwnCut(s.Name) {
+		if isOwnCut(s.Name, defaultRemote) {
 			own++
 		}
 	}
@@ -399,7 +399,7 @@ func TestOwnCuts(t *testing.T) {
 		"backup-20261123t101112-before":       false,
 		"monday":                              false,
 	} {
-		if isOwnCut(name) != want {
+		if isOwnCut(name, defaultRemote) != want {
 			t.Errorf("isOwnCut(%q) = %v", name, !want)
 		}
 	}

@@ -12,22 +12,37 @@ import (
 )
 
 func (a *app) verifyCommand() *cobra.Command {
-	return a.jsonFlag(&cobra.Command{
+	var budget budgetFlags
+	var progress progressFlags
+	c := &cobra.Command{
 		Use:   "verify BACKUP...",
 		Short: "Read every chunk of backups back and check it",
 		Args:  arguments(1, -1, "backups"),
-		RunE: func(c *cobra.Command, args []string) error {
-			return a.inRemotes(c.Context(), args, func(r *repository.Repository, id string) error {
-				return a.verify(c.Context(), r, id)
+		RunE: func(c *cobra.Command, args []string) (err error) {
+			b, err := budget.budget(1)
+			if err != nil {
+				return err
+			}
+			m, err := a.meter(c.Context(), progress)
+			if err != nil {
+				return err
+			}
+			defer func() { err = errors.Join(err, m.Close()) }()
+			return a.inRemotes(c.Context(), args, budget.open(), func(r *repository.Repository, id string) error {
+				return a.verify(c.Context(), m, backup.VerifyRequest{Repository: r, ID: id, Budget: b})
 			})
 		},
-	})
+	}
+	budget.registerReading(c)
+	progress.register(c)
+	return a.jsonFlag(c)
 }
 
-func (a *app) verify(ctx context.Context, r *repository.Repository, id string) error {
+func (a *app) verify(ctx context.Context, m *meter, q backup.VerifyRequest) error {
 	var report backup.VerifyReport
-	err := a.withProgress(ctx, "verifying "+id, func(p *backup.Progress) (err error) {
-		report, err = backup.Verify(ctx, backup.VerifyRequest{Repository: r, ID: id, Progress: p})
+	err := m.run("verify", q.ID, func(p *backup.Progress) (err error) {
+		q.Progress = p
+		report, err = backup.Verify(ctx, q)
 		return err
 	})
 	if err != nil && !errors.Is(err, fault.Corrupt) {

@@ -1,0 +1,112 @@
+package backup
+
+import (
+	"cmp"
+	"context"
+	"runtime"
+
+	"golang.org/x/time/rate"
+
+	"stillpoint.io/stillpoint/agent/repository"
+)
+
+// Budget bounds what backups, restores and verifications use. A zero field means its default.
+type Budget struct {
+	Memory    int64 // bytes for buffers and for packs on their way to the repository, DefaultMemory if 0
+	Workers   int   // chunks read, hashed and stored at once; 0: what the memory and the processors suggest
+	Volumes   int   // how many volumes are worked on at once, each of which has packs of its own; 1 if 0
+	ReadBytes int64 // bytes a second read from snapshots, or from the repository by a restore; 0: no limit
+}
+
+// DefaultMemory is the memory that a Budget gives by default, in bytes.
+const DefaultMemory = 192 << 20
+
+// What kopia takes for each worker beside its buffer, by measurements of resident memory: to store, a pack of 20 MiB being
+// written and some copies of a chunk; to read, its pooled buffers of 8 MiB and more copies, which the collector has not
+// got to. And for each volume beyond the first, the packs that are being filled.
+const volumeMemory = 40 << 20
+
+func storeMemory(chunk int64) int64 { return 22<<20 + 3*chunk }
+func readMemory(chunk int64) int64  { return 36<<20 + 4*chunk }
+
+// workers is how many to start when each needs this much memory.
+func (b Budget) workers(each int64) int {
+	memory := cmp.Or(b.Memory, DefaultMemory) - int64(max(0, b.Volumes-1))*volumeMemory
+	most := max(1, int(memory/each))
+	if b.Workers > 0 {
+		return min(b.Workers, most)
+	}
+	return min(max(6, 3*runtime.GOMAXPROCS(0)), 32, most)
+}
+
+// Pool is a Budget at work. Those who share one share its buffers, and so its memory and parallelism, and its bandwidth.
+// Whoever waits for a buffer gets one in his turn: backups that are short of nothing else get equal parts. Close it when
+// nobody uses it any more.
+type Pool struct {
+	buffers chan buffer // as many as there are; those without memory get it when they are first taken
+	size    int64       // of a buffer, bytes
+	limit   *rate.Limiter
+}
+
+// StorePool is for backups into a repository.
+func StorePool(b Budget, r *repository.Repository) *Pool {
+	size := max(r.ChunkSize(), 1<<20)
+	return newPool(b, size, size+storeMemory(r.ChunkSize()))
+}
+
+// readPool is for reading chunks of a size back.
+func readPool(b Budget, chunk int64) *Pool {
+	size := max(chunk, 1<<20)
+	return newPool(b, size, size+readMemory(chunk))
+}
+
+func newPool(b Budget, size, each int64) *Pool {
+	p := &Pool{buffers: make(chan buffer, b.workers(each)), size: size}
+	for range cap(p.buffers) {
+		p.buffers <- buffer{}
+	}
+	if b.ReadBytes > 0 {
+		p.limit = rate.NewLimiter(rate.Limit(b.ReadBytes), int(max(size, b.ReadBytes/10)))
+	}
+	return p
+}
+
+// workers is how many can work at once.
+func (p *Pool) workers() int { return cap(p.buffers) }
+
+// take waits for a buffer.
+func (p *Pool) take(ctx context.Context) (buffer, error) {
+	select {
+	case b := <-p.buffers:
+		if b.p != nil {
+			return b, nil
+		}
+		b, err := newBuffer(p.size)
+		if err != nil {
+			p.buffers <- buffer{}
+		}
+		return b, err
+	case <-ctx.Done():
+		return buffer{}, ctx.Err()
+	}
+}
+
+// give puts a buffer back.
+func (p *Pool) give(b buffer) { p.buffers <- b }
+
+// throttle waits until n bytes more may be read; n is at most a buffer.
+func (p *Pool) throttle(ctx context.Context, n int64) error {
+	if p.limit == nil {
+		return nil
+	}
+	return p.limit.WaitN(ctx, int(n))
+}
+
+// Close frees the buffers.
+func (p *Pool) Close() {
+	for range cap(p.buffers) {
+		if b := <-p.buffers; b.p != nil {
+			b.free()
+		}
+	}
+}

@@ -1,0 +1,157 @@
+package repository
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"time"
+
+	"github.com/kopia/kopia/fs"
+	"github.com/kopia/kopia/repo/manifest"
+	"github.com/kopia/kopia/snapshot"
+
+	"stillpoint.io/stillpoint/adapters"
+	"stillpoint.io/stillpoint/fault"
+)
+
+// Checkpoint is how far an unfinished backup came. To kopia it is an incomplete snapshot, so that its maintenance leaves
+// alone what the checkpoint refers to: the segments that are done, and all of the base. It ends with the backup, with a
+// newer backup of the volume, or with a maintenance some days later. Backups does not list it.
+type Checkpoint struct {
+	Backup           // as far as it is known: Image is of the part that is done, Data counts what is known of the whole
+	Done   int64     // bytes from the image's start that are done: a multiple of SegmentSize, or all of Size
+	Taken  time.Time // when it was taken
+}
+
+// Labels of a checkpoint's manifest, beside volumeLabel.
+const (
+	checkpointLabel     = "tag:checkpoint" // the backup's id
+	checkpointTextLabel = "tag:stillpoint-checkpoint"
+)
+
+// stored is a checkpoint in JSON.
+type stored struct {
+	Done   int64     `json:"done"`
+	Taken  time.Time `json:"taken"`
+	Backup Backup    `json:"backup"`
+}
+
+// baseName is the file by which a checkpoint holds on to the base.
+const baseName = "base.img"
+
+// Checkpoint makes what was written so far durable, and notes that done is the image's start. It replaces the writer's
+// checkpoint before. Others may write meanwhile: what they write belongs to the next one. It must not run in parallel
+// with itself or with Commit.
+func (w *Writer) Checkpoint(ctx context.Context, b Backup, done Part, base *Backup) (err error) {
+	next, err := w.begin(ctx)
+	if err != nil {
+		return err
+	}
+	w.mu.Lock()
+	s := w.current
+	w.current = next
+	w.mu.Unlock()
+	s.users.Wait()
+	defer func() { err = errors.Join(err, w.r.at.fault("closing", s.kopia.Close(context.WithoutCancel(ctx)))) }()
+
+	if b.Image, err = done.store(ctx, w.r, s); err != nil {
+		return err
+	}
+	c := stored{Done: done.Size, Taken: time.Now().UTC(), Backup: b}
+	text, err := json.Marshal(c)
+	if err != nil {
+		return err
+	}
+	files := []*snapshot.DirEntry{{Name: imageName, FileSize: done.Size, ObjectID: b.Image.id}}
+	if base != nil {
+		files = append([]*snapshot.DirEntry{{Name: baseName, FileSize: base.Size, ObjectID: base.Image.id}}, files...)
+	}
+	m, err := w.r.directory(ctx, s, &b, files)
+	if err != nil {
+		return err
+	}
+	m.Description = "Stillpoint's unfinished backup of " + b.Snapshot.Full()
+	m.IncompleteReason = "checkpoint"
+	m.EndTime = fs.UTCTimestampFromTime(c.Taken)
+	m.Tags = map[string]string{checkpointLabel: b.ID, volumeLabel: b.Volume.String(), checkpointTextLabel: string(text)}
+	if w.checkpoint != "" {
+		if err := s.kopia.DeleteManifest(ctx, w.checkpoint); err != nil {
+			return w.r.at.fault("writing to", err)
+		}
+	}
+	if w.checkpoint, err = snapshot.SaveSnapshot(ctx, s.kopia, m); err != nil {
+		return w.r.at.fault("writing to", err)
+	}
+	return w.r.at.fault("writing to", s.kopia.Flush(ctx))
+}
+
+// Resume makes the writer's next checkpoint take the place of one that an earlier writer left.
+func (w *Writer) Resume(c Checkpoint) { w.checkpoint = c.manifest }
+
+// Checkpoints lists the unfinished backups, of one volume or of all. Of several with one id the one that came farthest
+// counts.
+func (r *Repository) Checkpoints(ctx context.Context, f Filter) ([]Checkpoint, error) {
+	labels := map[string]string{manifest.TypeLabelKey: snapshot.ManifestType}
+	if f.Volume != (adapters.VolumeID{}) {
+		labels[volumeLabel] = f.Volume.String()
+	}
+	found, err := r.kopia.FindManifests(ctx, labels)
+	if err != nil {
+		return nil, r.corrupt(err)
+	}
+	var all []Checkpoint
+	at := map[string]int{}
+	for _, e := range found {
+		text := e.Labels[checkpointTextLabel]
+		if text == "" {
+			continue
+		}
+		var c stored
+		if err := json.Unmarshal([]byte(text), &c); err != nil {
+			if fault.KindOf(err) == fault.Unsupported {
+				continue // a newer program's: it is for that one to continue
+			}
+			return nil, fault.Errorf(fault.Corrupt, "repository %s: checkpoint %s: %w", r.at, e.ID, err)
+		}
+		c.Backup.Handle = Handle{r.remote, c.Backup.ID}
+		c.Backup.manifest = e.ID
+		i, ok := at[c.Backup.ID]
+		if !ok {
+			at[c.Backup.ID] = len(all)
+			all = append(all, Checkpoint{c.Backup, c.Done, c.Taken})
+		} else if all[i].Done < c.Done {
+			all[i] = Checkpoint{c.Backup, c.Done, c.Taken}
+		}
+	}
+	return all, nil
+}
+
+// OpenPart opens the image of a checkpoint: the first Done bytes.
+func (r *Repository) OpenPart(ctx context.Context, c Checkpoint) (*Image, error) {
+	part := c.Backup
+	part.Size = c.Done
+	return r.OpenImage(ctx, part)
+}
+
+// dropCheckpoints deletes, in a session that is about to commit b, the checkpoints that b makes worthless: its own, and
+// those of older snapshots of the volume.
+func (r *Repository) dropCheckpoints(ctx context.Context, s *session, b Backup) error {
+	found, err := s.kopia.FindManifests(ctx, map[string]string{manifest.TypeLabelKey: snapshot.ManifestType, volumeLabel: b.Volume.String()})
+	if err != nil {
+		return r.corrupt(err)
+	}
+	for _, e := range found {
+		id, ok := e.Labels[checkpointLabel]
+		if !ok {
+			continue
+		}
+		var c stored
+		if err := json.Unmarshal([]byte(e.Labels[checkpointTextLabel]), &c); err == nil && id != b.ID && c.Backup.Created.After(b.Created) {
+			continue
+		}
+		if err := s.kopia.DeleteManifest(ctx, e.ID); err != nil {
+			return r.at.fault("writing to", err)
+		}
+	}
+	return nil
+}
