@@ -340,7 +340,7 @@ func (m *TreeModel) same(o *TreeModel, path string) string {
 		if y == nil {
 			return fmt.Sprintf("%q is new", p)
 		}
-		if d := differ(y.entry, x.entry); d != "" || !bytes.Equal(x.data, y.data) {
+		if d := differ(y.entry, x.entry); d != "" || !bytes.Equal(x.data, y.data) || m.several(x) != o.several(y) {
 			return fmt.Sprintf("%q changed: %s", p, d)
 		}
 	}
@@ -350,6 +350,17 @@ func (m *TreeModel) same(o *TreeModel, path string) string {
 		}
 	}
 	return ""
+}
+
+// several reports whether a file has several names.
+func (m *TreeModel) several(x *plant) bool {
+	names := 0
+	for _, y := range m.at {
+		if x == y {
+			names++
+		}
+	}
+	return names > 1
 }
 
 // differ says how two entries differ in what a model knows.
@@ -445,16 +456,11 @@ func (c *comparison) entry(_ context.Context, path string, e adapters.Entry) err
 	if d := differ(e, x.entry); d != "" {
 		return fmt.Errorf("%q: %s", path, d)
 	}
-	several := 0
-	for _, y := range c.at {
-		if x == y {
-			several++
-		}
-	}
+	several := c.several(x)
 	switch other, seen := c.links[e.Link]; {
-	case several == 1 && e.Link == 0:
-	case several > 1 && e.Link == 0, c.names[x] != 0 && c.names[x] != e.Link, seen && e.Link != 0 && other != x:
-		return fmt.Errorf("%q has %d names and the link %d, of which is %v known", path, several, e.Link, seen)
+	case !several && e.Link == 0:
+	case several != (e.Link != 0), c.names[x] != 0 && c.names[x] != e.Link, seen && other != x:
+		return fmt.Errorf("%q has the link %d, and several names: %v; the link was seen: %v", path, e.Link, several, seen)
 	case e.Link != 0:
 		c.links[e.Link], c.names[x] = x, e.Link
 	}

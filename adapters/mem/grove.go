@@ -112,7 +112,16 @@ func (x *Grove) Rename(old, path string) error {
 func (x *Grove) Remove(path string) error {
 	return x.change(func(g grove) error {
 		for _, p := range g.below(path) {
+			f := g[p]
 			delete(g, p)
+			for other, left := range g {
+				if left == f { // it has another count of names
+					if err := g.replace(other, func(*grown) {}); err != nil {
+						return err
+					}
+					break
+				}
+			}
 		}
 		return nil
 	})

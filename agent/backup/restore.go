@@ -37,11 +37,13 @@ func FromSnapshot(a adapters.Adapter, id adapters.SnapshotID) Source {
 // RestoreRequest asks for a source as a volume.
 type RestoreRequest struct {
 	Source    Source
-	Target    adapters.Adapter // must be a Restorer
+	Target    adapters.Adapter // must be a Restorer, for a tree of files a TreeRestorer
 	Volume    adapters.VolumeID
-	Size      int64 // bytes; 0: the source's, or the existing volume's. What is beyond the source reads as zeros
-	Overwrite bool  // write over an existing volume
-	GiveUp    bool  // remove what an interrupted restore of this source left, and make nothing
+	Directory string // of a tree, instead of Target and Volume: a new directory on this machine
+	Only      string // of a tree: the path in it to restore, instead of all of it
+	Size      int64  // bytes; 0: the source's, or the existing volume's. What is beyond the source reads as zeros
+	Overwrite bool   // write over an existing volume
+	GiveUp    bool   // remove what an interrupted restore of this source left, and make nothing
 	Budget    Budget
 	Progress  *Progress // may be nil
 }
@@ -52,9 +54,10 @@ type RestoreReport struct {
 	Volume       string  `json:"volume"` // handle of the volume that was made
 	Path         string  `json:"path,omitempty"`
 	Size         int64   `json:"size"`
-	BytesWritten int64   `json:"bytes_written"` // data
-	BytesFound   int64   `json:"bytes_found"`   // data that the target had already, of an interrupted restore or of an overwritten volume
-	BytesZeroed  int64   `json:"bytes_zeroed"`  // zeros written because the target might have held something
+	BytesWritten int64   `json:"bytes_written"`     // data
+	BytesFound   int64   `json:"bytes_found"`       // data that the target had already, of an interrupted restore or of an overwritten volume
+	BytesZeroed  int64   `json:"bytes_zeroed"`      // zeros written because the target might have held something
+	Entries      int64   `json:"entries,omitempty"` // names that were made, of a tree
 	Seconds      float64 `json:"seconds"`
 }
 
@@ -67,6 +70,17 @@ type RestoreReport struct {
 // that goes for an overwritten volume too, so that only differences move.
 func Restore(ctx context.Context, q RestoreRequest) (RestoreReport, error) {
 	started := time.Now()
+	if tree, err := q.Source.isTree(ctx); err != nil || tree {
+		if err != nil {
+			return RestoreReport{}, err
+		}
+		report, err := restoreTree(ctx, q)
+		report.Seconds = time.Since(started).Seconds()
+		return report, err
+	}
+	if q.Directory != "" || q.Only != "" {
+		return RestoreReport{}, fault.Errorf(fault.Invalid, "the source is a disk image: it is restored whole, into a volume")
+	}
 	from, err := q.Source.open(ctx)
 	if err != nil {
 		return RestoreReport{}, err

@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"stillpoint.io/stillpoint/adapters"
 	"stillpoint.io/stillpoint/agent/repository"
 	"stillpoint.io/stillpoint/fault"
 )
@@ -40,6 +41,9 @@ func Verify(ctx context.Context, q VerifyRequest) (VerifyReport, error) {
 	b, err := q.Repository.Backup(ctx, q.ID)
 	if err != nil {
 		return VerifyReport{}, err
+	}
+	if b.Form == adapters.TreeForm {
+		return verifyTree(ctx, q, b)
 	}
 	v := &verifier{r: q.Repository, progress: q.Progress, report: VerifyReport{Backup: b.Handle.String(), Size: b.Size}}
 	if v.progress == nil {
