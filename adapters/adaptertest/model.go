@@ -73,6 +73,12 @@ func (m *TreeModel) Len() int { return len(m.at) }
 // Paths lists all paths, ascending.
 func (m *TreeModel) Paths() []string { return slices.Sorted(maps.Keys(m.at)) }
 
+// Get is what is at a path, and the bytes of a file.
+func (m *TreeModel) Get(path string) (adapters.Entry, []byte) {
+	x := m.at[path]
+	return x.entry, x.data
+}
+
 // Only is the model of what is below a path, or at it, as a tree of its own.
 func (m *TreeModel) Only(path string) *TreeModel {
 	c := &TreeModel{at: map[string]*plant{}}

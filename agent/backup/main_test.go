@@ -12,6 +12,9 @@ var children = map[string]func() error{
 	"sparse": sparseChild,
 	"dense":  denseChild,
 	"resume": resumedChild,
+
+	"kill-tree": killedTreeChild,
+	"wide":      wideChild,
 }
 
 // testDir is for what tests share.

@@ -121,7 +121,8 @@ type grower struct {
 	linksMu sync.Mutex
 	links   map[uint64]*linked // files of several names
 
-	written, reused choice[string] // paths: of what to read back, and of directories to audit
+	written choice[string] // paths of what to read back
+	reused  choice[placed] // of what to audit
 
 	dirsWalked, dirsReused, filesRead, filesReused, filesAudited atomic.Int64 // names
 	read, fresh, audited                                         atomic.Int64 // bytes
@@ -148,6 +149,12 @@ func (g *grower) root(ctx context.Context) (repository.TreeEntry, error) {
 	return g.entry(ctx, "", e, was)
 }
 
+// placed is an entry of the base and its path.
+type placed struct {
+	path string
+	repository.TreeEntry
+}
+
 // linked is a file of several names: the first that is met reads it.
 type linked struct {
 	done chan struct{}
@@ -168,12 +175,12 @@ func (g *grower) entry(ctx context.Context, path string, e adapters.Entry, was *
 		case e.Type != adapters.Directory:
 			if e.Type == adapters.RegularFile {
 				g.filesReused.Add(1)
-				g.reused.offer(path)
+				g.reused.offer(placed{path, *was})
 			}
 			return *was, nil
 		case !g.walk:
 			g.dirsReused.Add(1)
-			g.reused.offer(path)
+			g.reused.offer(placed{path, *was})
 			return *was, nil
 		}
 	}

@@ -25,8 +25,8 @@ func (g *grower) audit(ctx context.Context) error {
 		return nil
 	}
 	left := int64(treeAuditBytes)
-	for _, path := range g.reused.chosen {
-		files, err := g.descend(ctx, path)
+	for _, p := range g.reused.chosen {
+		files, err := g.descend(ctx, p)
 		if err != nil {
 			return err
 		}
@@ -45,49 +45,36 @@ func (g *grower) audit(ctx context.Context) error {
 }
 
 // descend goes from a reused entry down to some files.
-func (g *grower) descend(ctx context.Context, path string) ([]string, error) {
-	at, err := g.base.Find(ctx, path)
-	if err != nil {
-		return nil, baseFault(ctx, err)
-	}
+func (g *grower) descend(ctx context.Context, at placed) ([]placed, error) {
 	for at.Type == adapters.Directory {
-		var dirs, files choice[repository.TreeEntry]
-		for e, err := range g.base.Below(ctx, at) {
+		var dirs, files choice[placed]
+		for e, err := range g.base.Below(ctx, at.TreeEntry) {
 			if err != nil {
 				return nil, baseFault(ctx, err)
 			}
 			switch e.Type {
 			case adapters.Directory:
-				dirs.offer(e)
+				dirs.offer(placed{join(at.path, e.Name), e})
 			case adapters.RegularFile:
-				files.offer(e)
+				files.offer(placed{join(at.path, e.Name), e})
 			}
 		}
 		if len(files.chosen) > 0 && (len(dirs.chosen) == 0 || rand.IntN(2) == 0) {
-			var paths []string
-			for _, e := range files.chosen[:min(len(files.chosen), treeAuditFiles)] {
-				paths = append(paths, join(path, e.Name))
-			}
-			return paths, nil
+			return files.chosen[:min(len(files.chosen), treeAuditFiles)], nil
 		}
 		if len(dirs.chosen) == 0 {
 			return nil, nil
 		}
 		at = dirs.chosen[rand.IntN(len(dirs.chosen))]
-		path = join(path, at.Name)
 	}
-	return []string{path}, nil
+	return []placed{at}, nil
 }
 
 // auditFile compares a file's description and bytes, some chunks of a large one, with the base. It returns how many it
 // read.
-func (g *grower) auditFile(ctx context.Context, path string, most int64) (read int64, err error) {
-	was, err := g.base.Find(ctx, path)
-	if err != nil {
-		return 0, baseFault(ctx, err)
-	}
-	changed := &distrustError{fmt.Sprintf("the file %q is called unchanged and is not what it was", path)}
-	e, err := g.source.Stat(ctx, path)
+func (g *grower) auditFile(ctx context.Context, was placed, most int64) (read int64, err error) {
+	changed := &distrustError{fmt.Sprintf("the file %q is called unchanged and is not what it was", was.path)}
+	e, err := g.source.Stat(ctx, was.path)
 	if fault.KindOf(err) == fault.NotFound || err == nil && !was.Same(e) {
 		return 0, changed
 	} else if err != nil {
@@ -96,12 +83,12 @@ func (g *grower) auditFile(ctx context.Context, path string, most int64) (read i
 	if e.Type != adapters.RegularFile {
 		return 0, nil
 	}
-	f, err := g.source.OpenFile(ctx, path)
+	f, err := g.source.OpenFile(ctx, was.path)
 	if err != nil {
 		return 0, err
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
-	old, err := g.base.Open(ctx, was)
+	old, err := g.base.Open(ctx, was.TreeEntry)
 	if err != nil {
 		return 0, baseFault(ctx, err)
 	}

@@ -5,10 +5,12 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+
+	"stillpoint.io/stillpoint/adapters"
 )
 
-// Dump writes a backup's index as text, for people who look into the format: the description, then a line for each
-// segment, and for each chunk of those that are not all zero. Everything is read as it is stored, so a damaged index
+// Dump writes a backup's index as text, for people who look into the format: the description, then of a disk image a line
+// for each segment, and for each chunk of those that are not all zero; of a tree a line for each entry. Everything is read as it is stored, so a damaged index
 // fails at the damage.
 func (r *Repository) Dump(ctx context.Context, out io.Writer, b Backup) error {
 	text, err := json.MarshalIndent(b, "", "  ")
@@ -17,6 +19,13 @@ func (r *Repository) Dump(ctx context.Context, out io.Writer, b Backup) error {
 	}
 	if _, err := fmt.Fprintf(out, "%s\nmanifest %s, directory %s\n", text, b.manifest, b.root); err != nil {
 		return err
+	}
+	if b.Form == adapters.TreeForm {
+		tree, err := r.OpenTree(ctx, b)
+		if err != nil {
+			return err
+		}
+		return tree.dump(ctx, out, "", tree.Root())
 	}
 	image, err := r.OpenImage(ctx, b)
 	if err != nil {
@@ -53,6 +62,21 @@ func (r *Repository) Dump(ctx context.Context, out io.Writer, b Backup) error {
 			if _, err := fmt.Fprintf(out, "  %14d %12d %s %s\n", at+off, length, c, where); err != nil {
 				return err
 			}
+		}
+	}
+	return nil
+}
+
+func (t *Tree) dump(ctx context.Context, out io.Writer, path string, e TreeEntry) error {
+	if _, err := fmt.Fprintf(out, "%-12s %s %q\n", e.Type, e.object, path); err != nil || e.Type != adapters.Directory {
+		return err
+	}
+	for child, err := range t.Below(ctx, e) {
+		if err == nil {
+			err = t.dump(ctx, out, path+"/"+child.Name, child)
+		}
+		if err != nil {
+			return err
 		}
 	}
 	return nil

@@ -253,11 +253,13 @@ func (t *Tree) Open(ctx context.Context, e TreeEntry) (adapters.File, error) {
 // Close releases the tree.
 func (t *Tree) Close() error { return nil }
 
-// check reads back what is at a path, and a random chunk of it if it is a file.
-func (t *Tree) check(ctx context.Context, path string) error {
-	e, err := t.Find(ctx, path)
-	if err != nil || e.Type != adapters.RegularFile || e.Size == 0 {
-		return err
+// check reads back what is at some paths below an entry: the directories on the way, and a random chunk of a file.
+func (t *Tree) check(ctx context.Context, e TreeEntry, paths []string) error {
+	if e.Type == adapters.Directory {
+		return t.checkDirectory(ctx, e, paths)
+	}
+	if e.Type != adapters.RegularFile || e.Size == 0 {
+		return nil
 	}
 	f, err := t.Open(ctx, e)
 	if err != nil {
@@ -268,6 +270,28 @@ func (t *Tree) check(ctx context.Context, path string) error {
 	off := rand.Int64N(e.Size) / size * size
 	_, err = f.ReadAt(ctx, make([]byte, min(size, e.Size-off)), off)
 	return err
+}
+
+func (t *Tree) checkDirectory(ctx context.Context, dir TreeEntry, paths []string) error {
+	wanted := map[string][]string{} // by name, what is below it
+	for _, p := range paths {
+		if name, rest, _ := strings.Cut(p, "/"); name != "" {
+			wanted[name] = append(wanted[name], rest)
+		}
+	}
+	for e, err := range t.Below(ctx, dir) {
+		if below, ok := wanted[e.Name]; ok && err == nil {
+			delete(wanted, e.Name)
+			err = t.check(ctx, e, below)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	for name := range wanted {
+		return fault.Errorf(fault.Corrupt, "%q is not in its directory", name)
+	}
+	return nil
 }
 
 // largeFile is a file that lies in the repository as a disk image does.

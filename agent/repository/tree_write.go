@@ -157,11 +157,6 @@ func (w *Writer) CommitTree(ctx context.Context, b Backup, root TreeEntry, sampl
 		if err != nil {
 			return err
 		}
-		for _, path := range sample {
-			if err := t.check(ctx, path); err != nil {
-				return err
-			}
-		}
-		return nil
+		return t.check(ctx, t.root, sample)
 	})
 }
