@@ -1,10 +1,16 @@
 package reflink
 
 import (
+	"bytes"
+	"cmp"
 	"context"
 	"encoding/binary"
+	"errors"
+	"iter"
+	"maps"
 	"math"
 	"os"
+	"slices"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -15,6 +21,10 @@ import (
 // its names (the count of links), and of a directory the names in it. A snapshot is made at the end of a transaction, so
 // what changed after the base was made bears a later one. The search skips blocks that are not later than the base, with
 // all below them: its cost follows what changed, not what there is. btrfs gives no inode number twice.
+//
+// An inode bears a later transaction also when it was only read: its time of access is in it. So what is later is compared
+// with the base item by item (names, attributes, and where the data is, which nobody can change while a snapshot has it),
+// and what differs in nothing but times of access and of change is taken for what it is.
 //
 // So a directory that is the same inode at the same path, and has no inode later than the base in it or below it, is the
 // same in both snapshots: its names lead to the same inodes, and those did not change. Deletions, renames and new links
@@ -39,7 +49,7 @@ const (
 
 // changesSince searches a snapshot's tree for inodes that are later than a transaction. It returns nil if there are too
 // many.
-func changesSince(ctx context.Context, root *os.File, transaction uint64) (*changes, error) {
+func changesSince(ctx context.Context, root, base *os.File, transaction uint64) (*changes, error) {
 	c := &changes{themselves: map[uint64]bool{}, below: map[uint64]bool{}}
 	parents := map[uint64][]uint64{} // of inodes that changed, as far as they were met
 	links := map[uint64]uint32{}     // how many names of them were not met yet
@@ -65,12 +75,78 @@ func changesSince(ctx context.Context, root *os.File, transaction uint64) (*chan
 			}
 		}
 	}
+	if err := c.drop(ctx, root, base); err != nil {
+		return nil, err
+	}
 	for ino := range c.themselves {
 		if err := c.mark(ctx, root, ino, parents[ino], links[ino] == 0); err != nil {
 			return nil, err
 		}
 	}
 	return c, nil
+}
+
+// runGap is how far apart the numbers of changed inodes may be to be compared in one search.
+const runGap = 8
+
+// drop takes out the inodes that are in the base as they are now, item by item.
+func (c *changes) drop(ctx context.Context, root, base *os.File) error {
+	inodes := slices.Sorted(maps.Keys(c.themselves))
+	for len(inodes) > 0 {
+		n := 1
+		for n < len(inodes) && inodes[n]-inodes[n-1] <= runGap {
+			n++
+		}
+		if err := c.dropRun(ctx, root, base, inodes[:n]); err != nil {
+			return err
+		}
+		inodes = inodes[n:]
+	}
+	return nil
+}
+
+// dropRun does so for inodes whose numbers are close to each other.
+func (c *changes) dropRun(ctx context.Context, root, base *os.File, inodes []uint64) error {
+	run := treeSearch{from: key{objectid: inodes[0]}, to: key{inodes[len(inodes)-1], math.MaxUint8, math.MaxUint64}}
+	next := func(at *os.File) (pull func() (treeItem, error, bool), stop func()) {
+		s := run
+		s.root = at
+		return iter.Pull2(s.items(ctx))
+	}
+	pullNow, stopNow := next(root)
+	defer stopNow()
+	pullThen, stopThen := next(base)
+	defer stopThen()
+	differ := map[uint64]bool{}
+	now, err, isNow := pullNow()
+	then, err2, isThen := pullThen()
+	for isNow || isThen {
+		if err != nil || err2 != nil {
+			return errors.Join(err, err2)
+		}
+		order := now.key.compare(then.key)
+		switch {
+		case !isThen || isNow && order < 0:
+			differ[now.objectid] = true
+		case !isNow || order > 0:
+			differ[then.objectid] = true
+		case !now.same(then):
+			differ[now.objectid] = true
+		}
+		advanceNow, advanceThen := isNow && (!isThen || order <= 0), isThen && (!isNow || order >= 0)
+		if advanceNow {
+			now, err, isNow = pullNow()
+		}
+		if advanceThen {
+			then, err2, isThen = pullThen()
+		}
+	}
+	for _, ino := range inodes {
+		if !differ[ino] {
+			delete(c.themselves, ino)
+		}
+	}
+	return nil
 }
 
 // mark notes that something is changed below every directory that leads to an inode. known says that parents are all.
@@ -108,10 +184,28 @@ type key struct {
 	offset   uint64
 }
 
+func (k key) compare(o key) int {
+	return cmp.Or(cmp.Compare(k.objectid, o.objectid), cmp.Compare(k.kind, o.kind), cmp.Compare(k.offset, o.offset))
+}
+
 // treeItem is an item of a tree.
 type treeItem struct {
 	key
 	data []byte
+}
+
+// same compares two items of one key. Of an inode, the transaction, the group of blocks where its next data is put, the
+// sequence for NFS and the times of access and of change do not count.
+func (i treeItem) same(o treeItem) bool {
+	if i.kind != inodeItem || len(i.data) < 160 || len(o.data) != len(i.data) {
+		return bytes.Equal(i.data, o.data)
+	}
+	for _, part := range [][2]int{{0, 8}, {16, 32}, {40, 72}, {80, 112}, {136, len(i.data)}} {
+		if !bytes.Equal(i.data[part[0]:part[1]], o.data[part[0]:part[1]]) {
+			return false
+		}
+	}
+	return true
 }
 
 // parents gives the directories that an item of names says an inode is in: once for each name.

@@ -173,7 +173,7 @@ func (c *comparison) compare(ctx context.Context, root *os.File) error {
 	if base.created > target.created {
 		return nil
 	}
-	c.changes, err = changesSince(ctx, root, base.created)
+	c.changes, err = changesSince(ctx, root, c.base, base.created)
 	return err
 }
 

@@ -124,6 +124,53 @@ func TestTreeOneChange(t *testing.T) {
 	}
 }
 
+// What was only read is unchanged, though btrfs notes when that was; what was written and has its old size and times is
+// not.
+func TestTreeTouched(t *testing.T) {
+	x := newFixture(t, "btrfs")
+	v := plantTree(t, x.fs.Mount, "grove")
+	for i := range 300 {
+		must(t, v.Mkdir(fmt.Sprint("d", i)))
+		for _, size := range []int{10, 3000, 100_000} {
+			must(t, v.Write(fmt.Sprintf("d%d/f%d", i, size), make([]byte, size), 0))
+		}
+	}
+	at := func(path string) unix.Stat_t {
+		var st unix.Stat_t
+		must(t, unix.Lstat(filepath.Join(v.Dir, path), &st))
+		return st
+	}
+	before := at("d7/f100000")
+	base := x.cut(t, v.ID(), "base").ID
+	now := []unix.Timespec{{Nsec: unix.UTIME_NOW}, {Nsec: unix.UTIME_OMIT}}
+	for i := range 300 {
+		for _, name := range []string{"", "/f10", "/f3000", "/f100000"} {
+			must(t, unix.UtimesNanoAt(unix.AT_FDCWD, filepath.Join(v.Dir, fmt.Sprint("d", i)+name), now, 0))
+		}
+	}
+	for _, f := range []string{"d5/f10", "d6/f3000", "d7/f100000"} {
+		st := at(f)
+		must(t, v.Write(f, []byte{1}, 5))
+		must(t, unix.UtimesNanoAt(unix.AT_FDCWD, filepath.Join(v.Dir, f), []unix.Timespec{st.Atim, st.Mtim}, 0))
+	}
+	if after := at("d7/f100000"); after.Size != before.Size || after.Mtim != before.Mtim || after.Blocks != before.Blocks {
+		t.Fatalf("%+v was %+v", after, before)
+	}
+	next := x.cut(t, v.ID(), "next").ID
+	tree := x.tree(t, next, &base)
+	for e, err := range tree.Entries(t.Context(), "") {
+		must(t, err)
+		if changed := e.Name == "d5" || e.Name == "d6" || e.Name == "d7"; e.Unchanged == changed {
+			t.Errorf("%s: unchanged %v", e.Name, e.Unchanged)
+		}
+	}
+	for path, unchanged := range map[string]bool{"d5/f10": false, "d5/f3000": true, "d6/f3000": false, "d6/f10": true, "d7/f100000": false, "d7/f10": true} {
+		if e, err := tree.Stat(t.Context(), path); err != nil || e.Unchanged != unchanged {
+			t.Errorf("%s: %+v, %v", path, e, err)
+		}
+	}
+}
+
 // A subvolume that takes another's place has its inodes' numbers, and generations older than the base: nothing of it is
 // called unchanged.
 func TestTreeRollback(t *testing.T) {
