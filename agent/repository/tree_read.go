@@ -155,10 +155,10 @@ func (t *Tree) Find(ctx context.Context, path string) (TreeEntry, error) {
 	}
 	i := strings.LastIndexByte(path, '/')
 	dir, err := t.Find(ctx, path[:max(i, 0)])
-	if err != nil {
+	if err != nil && fault.KindOf(err) != fault.NotFound {
 		return dir, err
 	}
-	if dir.Type == adapters.Directory {
+	if err == nil && dir.Type == adapters.Directory {
 		for e, err := range t.Below(ctx, dir) {
 			if err != nil {
 				return e, err
