@@ -430,7 +430,7 @@ func (c *comparison) directory(ctx context.Context, dir string) error {
 		}
 		again, err := c.tree.Stat(ctx, path)
 		if a, b := fmt.Sprintf("%+v", again), fmt.Sprintf("%+v", e); err != nil || a != b {
-			return fmt.Errorf("Stat of %q says %s, Entries %s: %v", path, a, b, err)
+			return fmt.Errorf("%q is %s to Stat and %s to Entries: %v", path, a, b, err)
 		}
 		switch e.Type {
 		case adapters.Directory:

@@ -130,7 +130,7 @@ func kopiaName(name string) string {
 		return name
 	}
 	var b strings.Builder
-	for _, r := range []rune(name) {
+	for _, r := range name {
 		if r == utf8.RuneError {
 			r = '?'
 		}
