@@ -195,6 +195,7 @@ type Target interface {
 // Volume is a volume as the backend sees it now. Size is bytes.
 type Volume struct {
 	ID     VolumeID
+	Form   Form
 	Size   int64
 	Freeze FreezeMode
 	// Device is the block device that carries the live volume on this node, 0 if it is not attached here.
@@ -275,6 +276,7 @@ type Notes struct {
 type Snapshot struct {
 	ID      SnapshotID
 	Wanted  string // the name that was asked for; ID.Name is derived from it
+	Form    Form   // of the volume
 	Size    int64
 	Created time.Time // the backend's clock
 	State   State
@@ -304,12 +306,14 @@ type Capabilities struct {
 func CapabilitiesOf(a Adapter) Capabilities {
 	c := a.Capabilities()
 	c.Abilities = map[string]bool{
-		"list":    has[Lister](a),
-		"gate":    has[Gater](a),
-		"stage":   has[Stager](a),
-		"diff":    has[Differ](a),
-		"open":    has[Opener](a),
-		"restore": has[Restorer](a),
+		"list":         has[Lister](a),
+		"gate":         has[Gater](a),
+		"stage":        has[Stager](a),
+		"diff":         has[Differ](a),
+		"open":         has[Opener](a),
+		"restore":      has[Restorer](a),
+		"tree":         has[Trees](a),
+		"restore-tree": has[TreeRestorer](a),
 	}
 	return c
 }

@@ -13,7 +13,7 @@ import (
 type Layer struct {
 	// Around stands around every call that takes a context. It makes the call by do, once, never, or again, and
 	// returns the error that the caller shall see. It passes on the context that it was given or one derived from it.
-	// A stream is one call from its first item to its end, under the method "Extents", "Snapshots" or "Volumes".
+	// A stream is one call from its first item to its end, under the method "Extents", "Snapshots", "Volumes" or "Entries".
 	Around func(ctx context.Context, c Call, do Do) error
 	// Item, if there is one, is called before each item of a stream is passed on, with the item's place; its error
 	// ends the stream there.
@@ -50,6 +50,8 @@ func Decorate(a Adapter, l Layer) Adapter {
 	add(d, func(in Differ) any { return differ{d.layered, in} })
 	add(d, func(in Opener) any { return opener{d.layered, in} })
 	add(d, func(in Restorer) any { return restorer{d.layered, in} })
+	add(d, func(in Trees) any { return trees{d.layered, in} })
+	add(d, func(in TreeRestorer) any { return treeRestorer{d.layered, in} })
 	return d
 }
 

@@ -51,10 +51,11 @@ type Faults []Fault
 
 // methods are those that a fault can strike.
 var methods = []string{"*", "Volume", "CreateSnapshot", "Publish", "Snapshot", "DeleteSnapshot", "Snapshots", "Volumes", "Gate", "Stage", "Unstage",
-	"Allocated", "Changed", "Extents", "Open", "ReadAt", "Begin", "WriteAt", "Zero", "Commit", "Abort"}
+	"Allocated", "Changed", "Extents", "Open", "ReadAt", "Begin", "WriteAt", "Zero", "Commit", "Abort",
+	"OpenTree", "Stat", "Entries", "OpenFile", "BeginTree", "Mkdir", "Create", "Symlink", "Special", "Link", "Describe"}
 
 // placed are the methods that have places.
-var placed = []string{"ReadAt", "WriteAt", "Zero", "Extents", "Snapshots", "Volumes"}
+var placed = []string{"ReadAt", "WriteAt", "Zero", "Extents", "Snapshots", "Volumes", "Entries"}
 
 // Decorate injects the faults into an adapter. It does the same in every run: only calls count, not time or chance.
 // Each decorated adapter counts for itself.

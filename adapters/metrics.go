@@ -50,7 +50,7 @@ func Metrics(a Adapter, backend string, r prometheus.Registerer) (Adapter, error
 }
 
 // streams are the methods of calls that last as long as their caller reads.
-var streams = map[string]bool{"Extents": true, "Snapshots": true, "Volumes": true}
+var streams = map[string]bool{"Extents": true, "Snapshots": true, "Volumes": true, "Entries": true}
 
 // register registers a collector, or replaces it by the one that is registered already.
 func register[C prometheus.Collector](r prometheus.Registerer, c *C) error {

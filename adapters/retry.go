@@ -3,6 +3,7 @@ package adapters
 import (
 	"context"
 	"errors"
+	"slices"
 	"time"
 
 	"github.com/cenkalti/backoff/v5"
@@ -17,8 +18,9 @@ type RetryPolicy struct {
 	Longest  time.Duration // no wait is longer; default 30 s
 }
 
-// Retry tries again what failed as Unavailable, or as Exhausted with a time to wait (a full disk has none). Every call of the contract is idempotent, so all of them
-// are tried again but three: Commit and Abort, which close their target, and a stream that has passed an item on.
+// Retry tries again what failed as Unavailable, or as Exhausted with a time to wait (a full disk has none). Every call of the
+// contract is idempotent, so all of them are tried again but these: Commit and Abort, which close their target; what makes
+// something new in the target of a tree; and a stream that has passed an item on.
 //
 // It waits for at least what the other side asked for (fault.RetryAfter). It gives up at once, with the last error,
 // when that is longer than the policy's longest wait, or when the context's deadline would pass meanwhile.
@@ -59,10 +61,13 @@ func (p RetryPolicy) around(ctx context.Context, c Call, do Do) error {
 	}
 }
 
+// onlyOnce are the methods that fail when they are called again after they succeeded.
+var onlyOnce = []string{"Commit", "Abort", "Mkdir", "Create", "Symlink", "Special", "Link"}
+
 // repeatable reports whether a call that failed so may be made again, and is worth it.
 func repeatable(c Call, err error) bool {
 	switch {
-	case c.Method == "Commit", c.Method == "Abort", Begun(err):
+	case slices.Contains(onlyOnce, c.Method), Begun(err):
 		return false
 	}
 	k := fault.KindOf(err)

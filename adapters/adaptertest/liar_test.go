@@ -42,12 +42,24 @@ var lies = map[string]struct {
 	"reads-nothing":   {func(a *mem.Adapter, _ *mem.Store) adapters.Adapter { return targets{a, readsNothing} }, "ReadAt reads what a target holds"},
 	"leaks-on-close":  {func(a *mem.Adapter, _ *mem.Store) adapters.Adapter { return leaks{a} }, "Close succeeds when everything opened was closed"},
 	"lists-foreign":   {func(a *mem.Adapter, _ *mem.Store) adapters.Adapter { return listsForeign{a} }, "an unmarked snapshot is never listed"},
+	"all-unchanged":   {entries(func(e *adapters.Entry) { e.Unchanged = true }), "a tree is the volume at its instant, and unchanged is only what is"},
+	"names-unchanged": {func(a *mem.Adapter, _ *mem.Store) adapters.Adapter { return comparesNames{a} }, "a tree is the volume at its instant, and unchanged is only what is"},
+	"loses-attribute": {entries(func(e *adapters.Entry) { e.Attributes = nil }), "a tree is the volume at its instant, and unchanged is only what is"},
+	"forgets-links":   {entries(func(e *adapters.Entry) { e.Link = 0 }), "a tree is the volume at its instant, and unchanged is only what is"},
+	"false-hole":      {bentTree(func(t adapters.Tree) adapters.Tree { return falseHoles{t} }), "a tree is the volume at its instant, and unchanged is only what is"},
+	"by-name-only":    {bentTree(func(t adapters.Tree) adapters.Tree { return byName{t} }), "a tree is the volume at its instant, and unchanged is only what is"},
+	"follows-links":   {bentTree(func(t adapters.Tree) adapters.Tree { return followsLinks{t} }), "what is not in the tree is not found in it"},
+	"early-tree":      {func(a *mem.Adapter, _ *mem.Store) adapters.Adapter { return earlyTree{a} }, "a target is not a volume until Commit"},
 	"gone-if-unreach": {func(a *mem.Adapter, _ *mem.Store) adapters.Adapter { return deletesAll{a} }, "what is out of reach is Unavailable"},
 }
 
 type live struct{ *mem.Volume }
 
 func (v live) ID() adapters.VolumeID { return adapters.VolumeID{Backend: "mem", ID: v.Volume.ID()} }
+
+type liveTree struct{ *mem.Grove }
+
+func (v liveTree) ID() adapters.VolumeID { return adapters.VolumeID{Backend: "mem", ID: v.Grove.ID()} }
 
 // TestConformance runs the suite on an honest adapter; or, in a child of TestSuiteCatchesLies, on one that lies.
 func TestConformance(t *testing.T) {
@@ -69,6 +81,16 @@ func TestConformance(t *testing.T) {
 		},
 		Absent: func(testing.TB) adapters.VolumeID {
 			return adapters.VolumeID{Backend: "mem", ID: fmt.Sprint("local/absent-", n.Add(1))}
+		},
+		CreateTree: func(t testing.TB) adaptertest.TreeVolume {
+			v, err := store.CreateTree(fmt.Sprint("tree-", n.Add(1)))
+			if err != nil {
+				t.Fatal(err)
+			}
+			return liveTree{v}
+		},
+		AbsentTree: func(testing.TB) adapters.VolumeID {
+			return adapters.VolumeID{Backend: "mem", ID: fmt.Sprint("local/absent-tree-", n.Add(1))}
 		},
 		Unreachable: func(testing.TB) adapters.VolumeID { return adapters.VolumeID{Backend: "mem", ID: "nowhere/x"} },
 		Foreign:     func(_ testing.TB, v adaptertest.Volume, name string) { store.Foreign(v.(live).Volume, name) },

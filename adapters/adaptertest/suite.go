@@ -10,6 +10,7 @@
 package adaptertest
 
 import (
+	"strings"
 	"testing"
 
 	"stillpoint.io/stillpoint/adapters"
@@ -45,6 +46,11 @@ type Harness struct {
 	Wrong []string
 	// Staged says how much the storage system holds that was staged for v and not thrown away yet.
 	Staged func(t testing.TB, v Volume) int
+
+	// CreateTree makes a volume that is an empty tree of files, and AbsentTree gives the canonical id of one that could
+	// exist but does not, each time another one; a restore may make it. Without them trees are not tested.
+	CreateTree func(t testing.TB) TreeVolume
+	AbsentTree func(t testing.TB) adapters.VolumeID
 
 	// Step is the number of bytes that sizes of volumes are multiples of; 0 means 4096.
 	Step int64
@@ -107,12 +113,18 @@ func Run(t *testing.T, h Harness) {
 		{"Restore/Overwrite", []string{"restore", "open"}, (*suite).restoreOverwrite},
 		{"Restore/InUse", []string{"restore"}, (*suite).restoreInUse},
 		{"Restore/Errors", []string{"restore"}, (*suite).restoreErrors},
+		{"Tree", []string{"tree"}, (*suite).tree},
+		{"Tree/Errors", []string{"tree"}, (*suite).treeErrors},
+		{"Tree/Restore", []string{"tree", "restore-tree"}, (*suite).replant},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			for _, ability := range c.needs {
 				if !s.can[ability] {
 					t.Skipf("not tested: the adapter has not the ability %q", ability)
 				}
+			}
+			if strings.HasPrefix(c.name, "Tree") && (s.CreateTree == nil || s.AbsentTree == nil) {
+				t.Skip("not tested: the harness makes no trees")
 			}
 			c.test(s, t)
 		})

@@ -19,7 +19,7 @@ type image struct {
 // Open opens a snapshot that is published and ready.
 func (a *Adapter) Open(ctx context.Context, id adapters.SnapshotID) (adapters.Image, error) {
 	defer a.store.lock()()
-	s, err := a.readable(ctx, id)
+	s, err := a.readableAs(ctx, id, adapters.BlockForm)
 	if err != nil {
 		return nil, err
 	}

@@ -212,7 +212,7 @@ func (s *Store) Staged() int {
 // Allocated walks the snapshot's tree.
 func (a *Adapter) Allocated(ctx context.Context, id adapters.SnapshotID, from int64) (cbt.Delta, error) {
 	defer a.store.lock()()
-	s, err := a.readable(ctx, id)
+	s, err := a.readableAs(ctx, id, adapters.BlockForm)
 	if err != nil {
 		return cbt.Delta{}, err
 	}
@@ -222,11 +222,11 @@ func (a *Adapter) Allocated(ctx context.Context, id adapters.SnapshotID, from in
 // Changed walks both trees and steps over what they share.
 func (a *Adapter) Changed(ctx context.Context, base, target adapters.SnapshotID, from int64) (cbt.Delta, error) {
 	defer a.store.lock()()
-	b, err := a.readable(ctx, base)
+	b, err := a.readableAs(ctx, base, adapters.BlockForm)
 	if err != nil {
 		return cbt.Delta{}, err
 	}
-	t, err := a.readable(ctx, target)
+	t, err := a.readableAs(ctx, target, adapters.BlockForm)
 	if err != nil {
 		return cbt.Delta{}, err
 	}
@@ -382,7 +382,7 @@ func (a *Adapter) readable(ctx context.Context, id adapters.SnapshotID) (*snapsh
 func (a *Adapter) live(v *Volume) adapters.Volume {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	return adapters.Volume{ID: adapters.VolumeID{Backend: a.backend, ID: v.id}, Size: v.size, Freeze: adapters.FreezeNone}
+	return adapters.Volume{ID: adapters.VolumeID{Backend: a.backend, ID: v.id}, Form: v.files.form(), Size: v.size, Freeze: adapters.FreezeNone}
 }
 
 // info describes a snapshot as this adapter's backend names it.

@@ -65,6 +65,8 @@ func (v *Volume) overwritable(size int64) error {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	switch {
+	case v.files != nil:
+		return fault.Errorf(fault.Unsupported, "volume %s is a tree of files", v.id)
 	case v.size < size:
 		return fault.Errorf(fault.Invalid, "volume %s: its %d bytes are fewer than the %d to restore", v.id, v.size, size)
 	case v.users > 0:

@@ -21,7 +21,7 @@ func TestConformance(t *testing.T) {
 		must(t, err)
 		var count atomic.Int64
 		name := func() string { return fmt.Sprintf("vol-%d.img", count.Add(1)) }
-		adaptertest.Run(t, adaptertest.Harness{
+		h := adaptertest.Harness{
 			Backend: "r",
 			Open: func(t testing.TB) adapters.Adapter {
 				a, err := Kind().Open(t.Context(), adapters.Config{Name: "r", Parameters: map[string]string{"pools": x.fs.Mount + ", " + other.Mount}})
@@ -62,7 +62,16 @@ func TestConformance(t *testing.T) {
 			Wrong: []string{"", "relative/path", "/dev/null", x.fs.Mount, x.uuid(t), x.uuid(t) + "/", x.uuid(t) + "/../etc/passwd", x.uuid(t) + "/a//b",
 				x.uuid(t) + "/" + folderName + "/x", strings.ToUpper(x.uuid(t)) + "/a", "/a\x00b"},
 			Staged: func(t testing.TB, v adaptertest.Volume) int { return drafts(t, x.fs.Mount) },
-		})
+		}
+		if x.fs.Type == "btrfs" {
+			h.CreateTree = func(t testing.TB) adaptertest.TreeVolume { return plantTree(t, x.fs.Mount, name()) }
+			h.AbsentTree = func(t testing.TB) adapters.VolumeID {
+				at := name()
+				t.Cleanup(func() { removeTree(t, x.fs.Mount, at) })
+				return typed(x.uuid(t) + "/" + at)
+			}
+		}
+		adaptertest.Run(t, h)
 	})
 }
 

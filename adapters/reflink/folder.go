@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"stillpoint.io/stillpoint/adapters"
+	"stillpoint.io/stillpoint/adapters/treefs"
 	"stillpoint.io/stillpoint/fault"
 )
 
@@ -23,6 +24,7 @@ type entry struct {
 	name         string // the file's, in the folder
 	record       record
 	ours         bool
+	half         bool // a record of ours without its subvolume: one that is just being made or deleted, or what a dead process left
 }
 
 func (e *entry) close() {
@@ -39,7 +41,7 @@ func ancestors(inside string) []string {
 			dirs = append(dirs, inside[:i])
 		}
 	}
-	return dirs
+	return append(dirs, inside) // a subvolume that is mounted by itself has its snapshots in its own root
 }
 
 // folder opens the snapshot folder in dir, a path inside the filesystem; nil if there is none.
@@ -84,7 +86,7 @@ func (p place) makeFolder() (*os.File, error) {
 		if err != nil && err != unix.EEXIST {
 			return nil, failed(err, "making the snapshot folder in %s", m.point)
 		}
-		f, err := openBeneath(dir, folderName, os.O_RDONLY|unix.O_DIRECTORY)
+		f, err := treefs.OpenBeneath(dir, folderName, os.O_RDONLY|unix.O_DIRECTORY)
 		if err == unix.ENOTDIR {
 			err = fault.Errorf(fault.Invalid, "it is not a folder; move it away")
 		}
@@ -129,7 +131,7 @@ func (p place) find(name string) (*entry, error) {
 // openEntry opens a file of a snapshot folder and reads its record; nil if there is no such file. The folder belongs to
 // the entry then.
 func openEntry(folder *os.File, name string) (*entry, error) {
-	probe, err := openBeneath(folder, name, unix.O_PATH|unix.O_NOFOLLOW)
+	probe, err := treefs.OpenBeneath(folder, name, unix.O_PATH|unix.O_NOFOLLOW)
 	if err != nil {
 		if err == unix.ENOENT {
 			return nil, nil
@@ -146,13 +148,23 @@ func openEntry(folder *os.File, name string) (*entry, error) {
 	if err != nil {
 		return nil, errno(err)
 	}
-	r, ours, err := readRecord(e.file)
-	if err != nil {
+	if err := e.read(); err != nil {
 		e.file.Close()
 		return nil, err
 	}
-	e.record, e.ours = r, ours && name == fileName(r.Volume, adapters.Name(r.Wanted))
+	e.ours = e.ours && name == fileName(e.record.Volume, adapters.Name(e.record.Wanted))
 	return e, nil
+}
+
+// read reads the record, and looks for the subvolume that belongs to it.
+func (e *entry) read() (err error) {
+	e.record, e.ours, err = readRecord(e.file)
+	if err != nil || !e.ours || !e.record.Tree {
+		return err
+	}
+	whole, err := e.hasTree()
+	e.ours, e.half = whole, !whole
+	return err
 }
 
 // lock keeps others from publishing or deleting the snapshot, in this process and in others, until the file is closed.
@@ -165,7 +177,7 @@ func (e *entry) lock(ctx context.Context) (bool, error) {
 	if err != nil || st.Nlink == 0 {
 		return false, err
 	}
-	e.record, e.ours, err = readRecord(e.file)
+	err = e.read()
 	return e.ours, err
 }
 

@@ -92,6 +92,10 @@ func (a *Adapter) openSnapshot(ctx context.Context, id adapters.SnapshotID) (ada
 		return at.id, nil, err
 	}
 	e.folder.Close()
+	if e.record.Tree {
+		e.file.Close()
+		return at.id, nil, fault.Errorf(fault.Unsupported, "snapshot %s is a tree of files and has no image", id)
+	}
 	if e.record.Mark != adapters.Verified {
 		e.file.Close()
 		return at.id, nil, fault.Errorf(fault.Invalid, "snapshot %s is still cutting: nobody may read it before it is published", id)

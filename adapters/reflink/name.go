@@ -56,7 +56,7 @@ func (a *Adapter) canonical(id adapters.VolumeID) (adapters.VolumeID, error) {
 	}
 	defer f.Close()
 	if last == "" {
-		if err := regular(f); err != nil {
+		if _, err := formOf(f); err != nil {
 			return id, failed(err, "volume %s", id)
 		}
 	}

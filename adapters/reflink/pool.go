@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"os"
 	"path"
-	"path/filepath"
 	"slices"
 	"strings"
 	"unsafe"
@@ -17,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"stillpoint.io/stillpoint/adapters"
+	"stillpoint.io/stillpoint/adapters/treefs"
 	"stillpoint.io/stillpoint/fault"
 )
 
@@ -244,7 +244,7 @@ func (p place) open(inside string, flags int) (*os.File, mount, error) {
 		if dir, err = m.open(); err != nil {
 			continue
 		}
-		f, err = openBeneath(dir, below, flags)
+		f, err = treefs.OpenBeneath(dir, below, flags)
 		dir.Close()
 		if !errors.Is(err, unix.EXDEV) { // with EXDEV another mount covers a folder on the way
 			return f, m, err
@@ -253,39 +253,28 @@ func (p place) open(inside string, flags int) (*os.File, mount, error) {
 	return nil, mount{}, errno(err)
 }
 
-// openBeneath opens a path below a folder: no symbolic link, no dot-dot and no other mount on the way.
-func openBeneath(dir *os.File, below string, flags int) (*os.File, error) {
-	if below == "" {
-		below = "."
-	}
-	for {
-		fd, err := unix.Openat2(int(dir.Fd()), below, &unix.OpenHow{
-			Flags:   uint64(flags | unix.O_CLOEXEC),
-			Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_XDEV,
-		})
-		switch err {
-		case nil:
-			return os.NewFile(uintptr(fd), filepath.Join(dir.Name(), below)), nil
-		case unix.EINTR, unix.EAGAIN: // EAGAIN: something was renamed meanwhile
-			continue
-		}
-		return nil, err
-	}
-}
-
-// openVolume opens the live file for reading, and nothing but a regular file.
-func (p place) openVolume() (*os.File, mount, error) {
+// openVolume opens the live file or subvolume for reading, and nothing else.
+func (p place) openVolume() (*os.File, adapters.Form, mount, error) {
 	// O_PATH first: opening a device or a pipe would have effects.
 	f, m, err := p.open(p.path, unix.O_PATH)
 	if err != nil {
-		return nil, m, err
+		return nil, 0, m, err
 	}
 	defer f.Close()
-	if err := regular(f); err != nil {
-		return nil, m, err
+	form, err := formOf(f)
+	if err != nil {
+		return nil, 0, m, err
 	}
 	r, err := reopen(f, os.O_RDONLY|unix.O_NOATIME)
-	return r, m, err
+	return r, form, m, err
+}
+
+// formOf tells a file from a subvolume, and refuses what is neither.
+func formOf(f *os.File) (adapters.Form, error) {
+	if is, err := isSubvolume(f); err != nil || is {
+		return adapters.TreeForm, err
+	}
+	return adapters.BlockForm, regular(f)
 }
 
 // regular refuses what is not a regular file with a name.
@@ -295,7 +284,7 @@ func regular(f *os.File) error {
 	case err != nil:
 		return err
 	case st.Mode&unix.S_IFMT != unix.S_IFREG:
-		return fault.Errorf(fault.Invalid, "not a regular file")
+		return fault.Errorf(fault.Invalid, "neither a regular file nor a subvolume of btrfs")
 	case st.Nlink == 0:
 		return fault.Errorf(fault.NotFound, "the file was deleted")
 	}

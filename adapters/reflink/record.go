@@ -29,6 +29,7 @@ type record struct {
 	Mark    adapters.Mark  `json:"mark"`
 	Created time.Time      `json:"created"`
 	Size    int64          `json:"size"`
+	Tree    bool           `json:"tree,omitempty"` // the snapshot is a subvolume, and beside this file: see treeName
 	Notes   adapters.Notes `json:"notes,omitzero"`
 }
 
@@ -64,7 +65,7 @@ func readRecord(f *os.File) (record, bool, error) {
 
 // snapshot is the record as callers see it.
 func (r record) snapshot(backend string) adapters.Snapshot {
-	return adapters.Snapshot{
+	s := adapters.Snapshot{
 		ID:      adapters.SnapshotID{Volume: adapters.VolumeID{Backend: backend, ID: r.Volume}, Name: adapters.Name(r.Wanted)},
 		Wanted:  r.Wanted,
 		Size:    r.Size,
@@ -73,6 +74,10 @@ func (r record) snapshot(backend string) adapters.Snapshot {
 		Mark:    r.Mark,
 		Notes:   r.Notes,
 	}
+	if r.Tree {
+		s.Form = adapters.TreeForm
+	}
+	return s
 }
 
 // checkWanted refuses a name that cannot be kept as a tag.

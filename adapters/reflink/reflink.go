@@ -10,6 +10,10 @@
 // path starts at the top of the filesystem, above all subvolumes. The UUID is the locality. Two mounted filesystems with
 // one UUID (a block copy that was mounted with nouuid) are ambiguous, and refused.
 //
+// On btrfs a subvolume is a volume too: one that is a tree of files. Its snapshot is a read-only snapshot of btrfs, one
+// instant of all files in it without any freeze, and what changed follows from generations (generations.go). Subvolumes in
+// it are volumes of their own and not part of it. A plain directory is no volume: no filesystem makes a snapshot of one.
+//
 // The path is what names a volume: a file that is moved becomes another volume, and its snapshots stay those of the old
 // path. A hard link is a second volume with the same data; being in use is a matter of the file and noticed through
 // every link.
@@ -26,7 +30,8 @@
 //
 // A snapshot is made in an unnamed file (O_TMPFILE), which the kernel removes when its process dies, and gets its name
 // last, by a link that fails if the name is taken. So there is either a whole snapshot or nothing, without locks and
-// without sweeping. Publish makes clone and data durable before it writes the mark. After a power failure a snapshot is
+// without sweeping. The snapshot of a subvolume is a folder beside its file, <file>.tree, made after the file and removed
+// before it: a file without its folder counts for nothing, and is removed by the next who wants the name. Publish makes clone and data durable before it writes the mark. After a power failure a snapshot is
 // there with the mark it had, or it was not published and is gone.
 //
 // The clone of a file costs about 14 µs for each of its extents, and all of it would be spent with the volume's
@@ -50,7 +55,7 @@ import (
 func Kind() adapters.Kind {
 	return adapters.Kind{
 		Name:    "reflink",
-		Summary: "disk images on XFS or btrfs, snapshotted as reflink clones beside them",
+		Summary: "disk images on XFS or btrfs, snapshotted as reflink clones beside them, and subvolumes of btrfs",
 		Keys: []adapters.Key{
 			{Name: "pools", Usage: "mount points, separated by commas, that the backend is limited to; default: every XFS and btrfs of the node"},
 		},
@@ -88,9 +93,9 @@ func open(_ context.Context, c adapters.Config) (adapters.Adapter, error) {
 // Capabilities describes the adapter.
 func (a *Adapter) Capabilities() adapters.Capabilities {
 	return adapters.Capabilities{
-		Quiesce:     "the filesystem on the volume is frozen by the cut; the clone itself is one instant, because it locks the file",
-		Changed:     "extent addresses (FIEMAP) of the two files, exact to the filesystem's block",
-		PointInTime: "the return of ioctl_ficlonerange(2): later writes to the volume go to other blocks",
+		Quiesce:     "the filesystem on the volume is frozen by the cut; the clone itself is one instant, because it locks the file; the snapshot of a subvolume is one instant of all its files",
+		Changed:     "extent addresses (FIEMAP) of the two files, exact to the filesystem's block; generations of inodes between snapshots of a subvolume, exact to the file",
+		PointInTime: "the return of ioctl_ficlonerange(2): later writes to the volume go to other blocks; that of BTRFS_IOC_SNAP_CREATE_V2 for a subvolume",
 		Confidence:  cbt.Exact,
 		Source:      audit.Source{Name: "fiemap"},
 		NodeLocal:   true,

@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"stillpoint.io/stillpoint/adapters"
+	"stillpoint.io/stillpoint/adapters/treefs"
 	"stillpoint.io/stillpoint/fault"
 )
 
@@ -96,7 +97,7 @@ func (t *target) openNew(token string) error {
 		if err := t.vacant(); err != nil {
 			return err
 		}
-		t.file, err = openBeneath(t.folder, t.name, os.O_RDWR|unix.O_NONBLOCK|unix.O_NOFOLLOW)
+		t.file, err = treefs.OpenBeneath(t.folder, t.name, os.O_RDWR|unix.O_NONBLOCK|unix.O_NOFOLLOW)
 		if err == unix.ENOENT {
 			switch err := t.makeNew(); err {
 			case nil:
@@ -153,7 +154,7 @@ func (t *target) claim() (bool, error) {
 	if err := unix.Flock(int(t.file.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		return false, fault.Errorf(fault.Busy, "this restore is under way in another process, or elsewhere in this one")
 	}
-	now, err := openBeneath(t.folder, t.name, unix.O_PATH|unix.O_NOFOLLOW)
+	now, err := treefs.OpenBeneath(t.folder, t.name, unix.O_PATH|unix.O_NOFOLLOW)
 	if err != nil {
 		if err == unix.ENOENT {
 			err = nil

@@ -30,7 +30,16 @@ func (a *Adapter) CreateSnapshot(ctx context.Context, id adapters.VolumeID, want
 			return adapters.Snapshot{}, err
 		}
 		if e != nil {
+			if e.half {
+				err = e.sweep(ctx)
+			}
 			e.close()
+			switch {
+			case err != nil:
+				return adapters.Snapshot{}, failed(err, "volume %s: the snapshot %q that a dead process left", at.id, wanted)
+			case e.half:
+				continue
+			}
 			return existing(e, at.id, wanted)
 		}
 		s, err := a.create(ctx, at, staged, wanted)
@@ -57,11 +66,18 @@ func existing(e *entry, id adapters.VolumeID, wanted string) (adapters.Snapshot,
 // create makes the snapshot of a name that was free a moment ago. An error that is EEXIST says that it is not any more.
 func (a *Adapter) create(ctx context.Context, at place, staged *draft, wanted string) (adapters.Snapshot, error) {
 	d := staged
-	source, _, err := at.openVolume()
+	source, form, _, err := at.openVolume()
 	if err != nil {
 		return adapters.Snapshot{}, failed(err, "volume %s", at.id)
 	}
 	defer source.Close()
+	if form == adapters.TreeForm {
+		s, err := at.snapshotTree(source, wanted)
+		if err != nil {
+			err = failed(err, "volume %s: making the snapshot %q", at.id, wanted)
+		}
+		return s, err
+	}
 	if d == nil {
 		folder, err := at.makeFolder()
 		if err != nil {
@@ -205,6 +221,9 @@ func (a *Adapter) DeleteSnapshot(ctx context.Context, id adapters.SnapshotID) er
 }
 
 func (e *entry) remove(ctx context.Context) error {
+	if e.half {
+		return e.sweep(ctx)
+	}
 	if !e.ours {
 		return fault.Errorf(fault.Invalid, "the file %s in the snapshot folder is not ours and stays", e.name)
 	}
@@ -213,6 +232,11 @@ func (e *entry) remove(ctx context.Context) error {
 	}
 	if err := setFlag(e.file, flagImmutable, false); err != nil {
 		return err
+	}
+	if e.record.Tree { // first: a record without its subvolume is known for what it is
+		if err := destroySubvolume(e.folder, treeName(e.name)); err != nil {
+			return err
+		}
 	}
 	return unix.Unlinkat(int(e.folder.Fd()), e.name, 0)
 }

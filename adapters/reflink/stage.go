@@ -43,11 +43,14 @@ func (a *Adapter) Gate(ctx context.Context, ids []adapters.VolumeID) (adapters.F
 }
 
 func (a *Adapter) gate(ctx context.Context, at place) (time.Duration, error) {
-	source, m, err := at.openVolume()
+	source, form, m, err := at.openVolume()
 	if err != nil {
 		return 0, err
 	}
 	defer source.Close()
+	if form == adapters.TreeForm {
+		return perSubvolume, gateTree(at, m)
+	}
 	folder, err := at.makeFolder()
 	if err != nil {
 		return 0, err
@@ -113,11 +116,17 @@ func (a *Adapter) Stage(ctx context.Context, id adapters.VolumeID, wanted string
 	if err != nil {
 		return err
 	}
-	source, _, err := at.openVolume()
+	source, form, _, err := at.openVolume()
 	if err != nil {
 		return failed(err, "volume %s", at.id)
 	}
 	defer source.Close()
+	if form == adapters.TreeForm {
+		if err := unix.Syncfs(int(source.Fd())); err != nil { // what is on the disk need not be flushed by the snapshot
+			return failed(err, "volume %s: writing it to the disk ahead", at.id)
+		}
+		return nil
+	}
 	d := a.take(stage{at.id, wanted})
 	if d != nil && sameFile(d.of, source) {
 		err = d.refresh(ctx, source)

@@ -13,7 +13,8 @@ import (
 	"stillpoint.io/stillpoint/fault"
 )
 
-// Volume looks a volume up. Its device is the loop device on which the file is attached, 0 if it is on none: a file
+// Volume looks a volume up. A subvolume has no device and needs none: its snapshot is one instant of all its files by itself.
+// A file's device is the loop device on which the file is attached, 0 if it is on none: a file
 // that a virtual machine uses directly has none and cannot be frozen from here.
 //
 // WritesTo is the pool's device as mountinfo has it, which is what a plan compares with. On btrfs, stat(2) gives every
@@ -23,7 +24,7 @@ func (a *Adapter) Volume(ctx context.Context, id adapters.VolumeID) (adapters.Vo
 	if err != nil {
 		return adapters.Volume{}, err
 	}
-	f, m, err := at.openVolume()
+	f, form, m, err := at.openVolume()
 	if err != nil {
 		return adapters.Volume{}, failed(err, "volume %s", at.id)
 	}
@@ -37,6 +38,9 @@ func (a *Adapter) Volume(ctx context.Context, id adapters.VolumeID) (adapters.Vo
 		return adapters.Volume{}, failed(err, "volume %s: looking for its loop device", at.id)
 	}
 	below, _ := under(at.path, m.root)
+	if form == adapters.TreeForm {
+		return adapters.Volume{ID: at.id, Form: form, Freeze: adapters.FreezeSelf, WritesTo: at.pool.device, Path: path.Join(m.point, below)}, nil
+	}
 	return adapters.Volume{
 		ID:       at.id,
 		Size:     st.Size,

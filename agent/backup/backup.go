@@ -45,7 +45,7 @@ type Progress struct {
 
 // Request asks for a backup of a snapshot.
 type Request struct {
-	Adapter    adapters.Adapter // must be an Opener; without being a Differ it reads everything
+	Adapter    adapters.Adapter // must be an Opener, without being a Differ it reads everything; for trees of files a Trees
 	Snapshot   adapters.SnapshotID
 	Repository *repository.Repository
 	ID         string // the backup's id; empty: derived from the snapshot, so that a repetition finds it
@@ -63,19 +63,20 @@ type Request struct {
 // Report is what a backup did. Counts are bytes. New and reused are of the data that is not all zero; of an
 // incremental, everything that the base had is reused.
 type Report struct {
-	Backup       string          `json:"backup"`        // its handle
-	Snapshot     string          `json:"snapshot"`      // its handle
-	Kind         repository.Kind `json:"kind"`          // full or incremental
-	Base         string          `json:"base"`          // handle of the backup that an incremental reuses
-	Reason       string          `json:"reason"`        // why it is full or incremental
-	Size         int64           `json:"size"`          // of the volume
-	BytesResumed int64           `json:"bytes_resumed"` // of the image, that an interrupted run had done
-	BytesRead    int64           `json:"bytes_read"`    // from the snapshot, for the changed chunks
-	BytesAudited int64           `json:"bytes_audited"` // from the snapshot, to distrust the changed blocks
-	BytesChecked int64           `json:"bytes_checked"` // read back from the repository and compared with the snapshot
-	BytesNew     int64           `json:"bytes_new"`     // in chunks that the repository did not have
-	BytesReused  int64           `json:"bytes_reused"`  // in chunks that it had
-	BytesStored  int64           `json:"bytes_stored"`  // written to the repository, compressed, with indexes
+	Backup       string          `json:"backup"`         // its handle
+	Snapshot     string          `json:"snapshot"`       // its handle
+	Kind         repository.Kind `json:"kind"`           // full or incremental
+	Base         string          `json:"base"`           // handle of the backup that an incremental reuses
+	Reason       string          `json:"reason"`         // why it is full or incremental
+	Size         int64           `json:"size"`           // of the volume
+	BytesResumed int64           `json:"bytes_resumed"`  // of the image, that an interrupted run had done
+	BytesRead    int64           `json:"bytes_read"`     // from the snapshot, for the changed chunks
+	BytesAudited int64           `json:"bytes_audited"`  // from the snapshot, to distrust the changed blocks
+	BytesChecked int64           `json:"bytes_checked"`  // read back from the repository and compared with the snapshot
+	BytesNew     int64           `json:"bytes_new"`      // in chunks that the repository did not have
+	BytesReused  int64           `json:"bytes_reused"`   // in chunks that it had
+	BytesStored  int64           `json:"bytes_stored"`   // written to the repository, compressed, with indexes
+	Tree         *TreeReport     `json:"tree,omitempty"` // of a tree of files
 	Seconds      float64         `json:"seconds"`
 	Existed      bool            `json:"existed,omitempty"`    // the backup was there already, nothing was done
 	Distrusted   bool            `json:"distrusted,omitempty"` // it was to be incremental, and had to be made again as a full one
@@ -146,7 +147,7 @@ func Run(ctx context.Context, q Request) (_ Report, err error) {
 	if err != nil {
 		return Report{}, fmt.Errorf("backing up %s: %w", p.Snapshot.ID, err)
 	}
-	report.Backup, report.Kind, report.Reason = made.Handle.String(), made.Kind, p.Reason
+	report.Backup, report.Kind, report.Reason, report.Size = made.Handle.String(), made.Kind, p.Reason, made.Size
 	if p.Base != nil {
 		report.Base = p.Base.Handle.String()
 	}
@@ -158,6 +159,9 @@ func Run(ctx context.Context, q Request) (_ Report, err error) {
 // run makes the backup as planned. It fails with a distrustError when what the backend says turns out to be worth
 // nothing.
 func run(ctx context.Context, q Request, p Plan, started time.Time, report *Report) (made repository.Backup, err error) {
+	if p.Snapshot.Form == adapters.TreeForm {
+		return runTree(ctx, q, p, started, report)
+	}
 	opener, ok := adapters.As[adapters.Opener](q.Adapter)
 	if !ok {
 		return made, fault.Errorf(fault.Unsupported, "backend %s cannot open snapshots", p.Snapshot.ID.Volume.Backend)

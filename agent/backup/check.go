@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"stillpoint.io/stillpoint/adapters"
 	"stillpoint.io/stillpoint/agent/repository"
 	"stillpoint.io/stillpoint/fault"
 )
@@ -65,6 +66,9 @@ func (c *checker) backup(ctx context.Context, b repository.Backup) (f finding, e
 		f.hurts = append(f.hurts, Hurt{Part: DescriptionPart, Why: err.Error()})
 	} else if err != nil {
 		return f, err
+	}
+	if b.Form == adapters.TreeForm {
+		return c.tree(ctx, b, f)
 	}
 	image, err := c.m.OpenImage(ctx, b)
 	if fault.KindOf(err) == fault.Corrupt {

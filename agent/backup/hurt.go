@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 
+	"stillpoint.io/stillpoint/adapters"
 	"stillpoint.io/stillpoint/agent/repository"
 	"stillpoint.io/stillpoint/fault"
 )
@@ -28,6 +29,7 @@ const (
 	SegmentPart     Part = "segment" // the index of a segment
 	TopPart         Part = "index"   // the top level
 	DescriptionPart Part = "description"
+	FilePart        Part = "file"  // of a tree: a file, or a directory with what is below it
 	ZerosPart       Part = "zeros" // what stands for zeros: only kopia reads it
 )
 
@@ -38,6 +40,8 @@ func (h Hurt) String() string {
 		return "its description: " + h.Why
 	case ZerosPart:
 		return "what stands for zeros, which a restore by kopia needs: " + h.Why
+	case FilePart:
+		return fmt.Sprintf("%d bytes of %s", h.Length, h.Why)
 	case ChunkPart:
 		return fmt.Sprintf("%d bytes at %d: %s", h.Length, h.Offset, h.Why)
 	}
@@ -89,6 +93,10 @@ func (c *checker) hurts(ctx context.Context, image *repository.Image) ([]Hurt, e
 
 // known finds what hurts a backup of what is known to be bad, without reading its chunks.
 func (c *checker) known(ctx context.Context, b repository.Backup) ([]Hurt, error) {
+	if b.Form == adapters.TreeForm {
+		f, err := c.backup(ctx, b)
+		return f.hurts, err
+	}
 	image, err := c.m.OpenImage(ctx, b)
 	if fault.KindOf(err) == fault.Corrupt {
 		return []Hurt{{Part: TopPart, Length: b.Size, Why: err.Error()}}, nil

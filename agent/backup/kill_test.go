@@ -106,7 +106,7 @@ func TestKilled(t *testing.T) {
 			after = time.Duration(rng.Int64N(int64(pace)))
 		}
 		started := time.Now()
-		reported := killSomewhere(t, w.at, run, after, most)
+		reported := killSomewhere(t, "kill", w.at, run, after, most)
 		if run == 0 {
 			pace = time.Since(started)
 		}
@@ -158,10 +158,10 @@ func TestKilled(t *testing.T) {
 
 // killSomewhere starts a child and kills it after a while or when it has made the most it should. It returns how many
 // backups the child reported.
-func killSomewhere(t *testing.T, at repository.Location, run uint64, after time.Duration, most int) int {
+func killSomewhere(t *testing.T, what string, at repository.Location, run uint64, after time.Duration, most int) int {
 	t.Helper()
 	child := exec.Command(os.Args[0])
-	child.Env = append(os.Environ(), childVariable+"=kill", "REPOSITORY="+at.Path, fmt.Sprint("RUN=", run))
+	child.Env = append(os.Environ(), childVariable+"="+what, "REPOSITORY="+at.Path, fmt.Sprint("RUN=", run))
 	child.Stderr = os.Stderr
 	out, err := child.StdoutPipe()
 	if err == nil {

@@ -16,6 +16,9 @@ var children = map[string]func() error{
 	"restore": restoringChild,
 	"resume":  resumedChild,
 	"repair":  repairChild,
+
+	"kill-tree": killedTreeChild,
+	"wide":      wideChild,
 }
 
 // kills is how often a test kills: as often as it is made for, or as STILLPOINT_KILLS says, which `make soak` sets.

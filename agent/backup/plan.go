@@ -27,6 +27,8 @@ type Plan struct {
 	Unfinished *repository.Checkpoint // what an interrupted run of this backup left
 	Resume     *repository.Checkpoint // the same, if it is worth continuing
 
+	Walk bool // of a tree: look at everything that the backend calls unchanged, too
+
 	facts audit.Facts // what the backend was judged by
 }
 
@@ -113,6 +115,9 @@ func MakePlan(f Facts) (Plan, error) {
 	}
 	p.Kind, p.Reason = repository.Incremental, "since "+p.Base.Handle.String()
 	f.judgeBase(&p)
+	if p.Walk = p.Base.Form == adapters.TreeForm && p.Base.Believed+1 >= walkEvery; p.Walk {
+		p.Reason += ", looking at every file"
+	}
 	return p, nil
 }
 
@@ -139,7 +144,8 @@ func (f Facts) canBeBase(b repository.Backup) bool {
 		return false
 	}
 	at := f.Snapshots[i]
-	return isOf(b, at) && at.Size == b.Size && at.State == adapters.Ready && at.Mark == adapters.Verified && b.ChunkSize == f.ChunkSize && b.Suspect == ""
+	sized := at.Size == b.Size || b.Form == adapters.TreeForm // a backend does not know a tree's
+	return isOf(b, at) && sized && at.Form == b.Form && at.State == adapters.Ready && at.Mark == adapters.Verified && b.ChunkSize == f.ChunkSize && b.Suspect == ""
 }
 
 // judgeBase lets it speak about the comparison with the base.
@@ -189,6 +195,16 @@ func DefaultID(s adapters.Snapshot) string {
 	return adapters.ShortName(s.ID.Full() + " " + s.Created.UTC().Format(time.RFC3339Nano))
 }
 
+// differs says that a backend can compare snapshots of that form.
+func differs(a adapters.Adapter, form adapters.Form) bool {
+	if form == adapters.TreeForm {
+		_, ok := adapters.As[adapters.Trees](a)
+		return ok
+	}
+	_, ok := adapters.As[adapters.Differ](a)
+	return ok
+}
+
 // Prepare asks the backend and the repository what they have, and decides. It changes nothing.
 func Prepare(ctx context.Context, q Request) (Plan, error) {
 	s, err := q.Adapter.Snapshot(ctx, q.Snapshot)
@@ -231,7 +247,7 @@ func Prepare(ctx context.Context, q Request) (Plan, error) {
 			f.Unfinished = &unfinished[i]
 		}
 	}
-	if _, f.Differs = adapters.As[adapters.Differ](q.Adapter); f.Differs && f.Existing == nil && len(f.Backups) > 0 {
+	if f.Differs = differs(q.Adapter, s.Form); f.Differs && f.Existing == nil && len(f.Backups) > 0 {
 		for s, err := range q.Adapter.Snapshots(ctx, adapters.Filter{Volume: s.ID.Volume}) {
 			if err != nil {
 				return Plan{}, err

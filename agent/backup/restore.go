@@ -34,12 +34,14 @@ func FromSnapshot(a adapters.Adapter, id adapters.SnapshotID) Source {
 // RestoreRequest asks for a source as a volume.
 type RestoreRequest struct {
 	Source    Source
-	Target    adapters.Adapter // must be a Restorer
+	Target    adapters.Adapter // must be a Restorer, for a tree of files a TreeRestorer
 	Volume    adapters.VolumeID
-	Size      int64 // bytes; 0: the source's, or the existing volume's. What is beyond the source reads as zeros
-	Overwrite bool  // write over an existing volume
-	Suspect   bool  // restore a backup even if it is suspect
-	GiveUp    bool  // remove what an interrupted restore of this source left, and make nothing
+	Directory string // of a tree, instead of Target and Volume: a new directory on this machine
+	Only      string // of a tree: the path in it to restore, instead of all of it
+	Size      int64  // bytes; 0: the source's, or the existing volume's. What is beyond the source reads as zeros
+	Overwrite bool   // write over an existing volume
+	Suspect   bool   // restore a backup even if it is suspect
+	GiveUp    bool   // remove what an interrupted restore of this source left, and make nothing
 	Budget    Budget
 	Progress  *Progress // may be nil
 }
@@ -50,9 +52,10 @@ type RestoreReport struct {
 	Volume       string  `json:"volume"` // handle of the volume that was made
 	Path         string  `json:"path,omitempty"`
 	Size         int64   `json:"size"`
-	BytesWritten int64   `json:"bytes_written"` // data
-	BytesFound   int64   `json:"bytes_found"`   // data that the target had already, of an interrupted restore or of an overwritten volume
-	BytesZeroed  int64   `json:"bytes_zeroed"`  // zeros written because the target might have held something
+	BytesWritten int64   `json:"bytes_written"`     // data
+	BytesFound   int64   `json:"bytes_found"`       // data that the target had already, of an interrupted restore or of an overwritten volume
+	BytesZeroed  int64   `json:"bytes_zeroed"`      // zeros written because the target might have held something
+	Entries      int64   `json:"entries,omitempty"` // names that were made, of a tree
 	Seconds      float64 `json:"seconds"`
 }
 
@@ -67,14 +70,23 @@ func Restore(ctx context.Context, q RestoreRequest) (RestoreReport, error) {
 	started := time.Now()
 	ctx, end := repository.Operation(ctx)
 	defer end()
+	if tree, err := q.Source.isTree(ctx); err != nil || tree {
+		if err != nil {
+			return RestoreReport{}, err
+		}
+		report, err := restoreTree(ctx, q)
+		report.Seconds = time.Since(started).Seconds()
+		return report, err
+	}
+	if q.Directory != "" || q.Only != "" {
+		return RestoreReport{}, fault.Errorf(fault.Invalid, "the source is a disk image: it is restored whole, into a volume")
+	}
 	from, err := q.Source.open(ctx)
 	if err != nil {
 		return RestoreReport{}, err
 	}
 	var report RestoreReport
-	if from.suspect != "" && !q.Suspect && !q.GiveUp {
-		err = fault.Errorf(fault.Corrupt, "the backup is suspect: %s; restore another, or insist on this one (--suspect)", from.suspect)
-	} else {
+	if err = suspected(from.suspect, q.Suspect || q.GiveUp); err == nil {
 		report, err = restore(ctx, q, from)
 	}
 	if err = errors.Join(err, from.image.Close()); err != nil {
@@ -82,6 +94,14 @@ func Restore(ctx context.Context, q RestoreRequest) (RestoreReport, error) {
 	}
 	report.Seconds = time.Since(started).Seconds()
 	return report, nil
+}
+
+// suspected refuses a backup that is suspect, for a reason, unless somebody insists.
+func suspected(why string, insist bool) error {
+	if why == "" || insist {
+		return nil
+	}
+	return fault.Errorf(fault.Corrupt, "the backup is suspect: %s; restore another, or insist on this one (--suspect)", why)
 }
 
 // opened is a source that can be read.

@@ -41,6 +41,7 @@ func (n Node) gather(ctx context.Context, members []member) (facts, error) {
 				return facts{}, fmt.Errorf("%s: %w", m.volume.ID, err)
 			}
 			f.hidden[m.volume.ID] = hidden
+		case m.volume.Form == adapters.TreeForm: // files in it are open all the time: its snapshot is one instant by itself
 		case m.volume.Path != "":
 			if f.open[m.volume.ID], err = opened(m.volume.Path); err != nil {
 				return facts{}, fmt.Errorf("%s: %w", m.volume.ID, err)

@@ -63,6 +63,7 @@ type Backup struct {
 	ID          string              // chosen by whoever started it
 	Volume      adapters.VolumeID   // what it was
 	Snapshot    adapters.SnapshotID // of Volume
+	Form        adapters.Form       // of the volume: Image or Tree is set by it
 	Kind        Kind
 	Base        string    // id of the backup whose index was reused, of an incremental
 	BaseImage   ImageID   // and what it was then, should another ever bear its id
@@ -76,11 +77,15 @@ type Backup struct {
 	Consistency adapters.Consistency
 	Unverified  []string
 	Image       ImageID // of disk.img: a digest of all of it
+	Tree        TreeID  // of the tree: a digest of all of it
+	Count       Count   // what is in the tree
+	Believed    int     // how many backups of trees in a row, up to this one, took the backend's word for what is unchanged
 
 	Standing // what was learnt since; not stored with it
 
 	manifest manifest.ID
 	root     object.ID
+	tree     *TreeEntry // the root of a tree that is being committed
 }
 
 // description is a Backup in JSON: volume.json, the manifest's tag, and what `stillpoint backups --json` prints.
@@ -103,7 +108,12 @@ type description struct {
 	Cut          string               `json:"cut,omitempty"`
 	Consistency  adapters.Consistency `json:"consistency,omitempty"`
 	Unverified   []string             `json:"unverified,omitempty"`
-	Image        ImageID              `json:"image"`
+	Image        *ImageID             `json:"image,omitempty"`
+	Form         string               `json:"form,omitempty"` // "tree", with the three below; of a disk image nothing
+	Tree         *TreeID              `json:"tree,omitempty"`
+	Entries      int64                `json:"entries,omitempty"` // files, directories, links and all
+	Files        int64                `json:"files,omitempty"`
+	Believed     int                  `json:"believed,omitempty"`
 
 	// Of a listing, not stored:
 	Verified time.Time `json:"verified,omitzero"`
@@ -116,12 +126,17 @@ func (b Backup) MarshalJSON() ([]byte, error) {
 		Version: layoutVersion, ID: b.ID, Volume: b.Volume.String(), Snapshot: b.Snapshot.String(), SnapshotName: b.Snapshot.Name,
 		Kind: b.Kind, Base: b.Base, Size: b.Size, ChunkSize: b.ChunkSize, Data: b.Data,
 		Created: b.Created.UTC(), Started: b.Started.UTC(), Finished: b.Finished.UTC(),
-		Cut: b.Cut, Consistency: b.Consistency, Unverified: b.Unverified, Image: b.Image,
+		Cut: b.Cut, Consistency: b.Consistency, Unverified: b.Unverified,
+	}
+	if b.Form == adapters.TreeForm {
+		d.Form, d.Tree, d.Entries, d.Files, d.Believed = b.Form.String(), &b.Tree, b.Count.Entries, b.Count.Files, b.Believed
+	} else {
+		d.Image = &b.Image
 	}
 	if b.Handle != (Handle{}) {
 		d.Backup, d.Verified, d.Suspect = &b.Handle, b.Verified, b.Suspect
 	}
-	if b.Base != "" {
+	if b.Base != "" && b.Form == adapters.BlockForm {
 		d.BaseImage = &b.BaseImage
 	}
 	return json.Marshal(d)
@@ -144,7 +159,15 @@ func (b *Backup) UnmarshalJSON(p []byte) error {
 		ID: d.ID, Volume: v.Volume, Snapshot: adapters.SnapshotID{Volume: v.Volume, Name: d.SnapshotName},
 		Kind: d.Kind, Base: d.Base, Size: d.Size, ChunkSize: d.ChunkSize, Data: d.Data,
 		Created: d.Created, Started: d.Started, Finished: d.Finished,
-		Cut: d.Cut, Consistency: d.Consistency, Unverified: d.Unverified, Image: d.Image,
+		Cut: d.Cut, Consistency: d.Consistency, Unverified: d.Unverified,
+	}
+	switch {
+	case d.Form == adapters.TreeForm.String() && d.Tree != nil:
+		b.Form, b.Tree, b.Count, b.Believed = adapters.TreeForm, *d.Tree, Count{d.Entries, d.Files, d.Size}, d.Believed
+	case d.Form == "" && d.Image != nil:
+		b.Image = *d.Image
+	default:
+		return fault.Errorf(fault.Unsupported, "it is of the form %q, which this program does not know; use a newer one", d.Form)
 	}
 	if d.BaseImage != nil {
 		b.BaseImage = *d.BaseImage

@@ -17,11 +17,13 @@ import (
 	"github.com/kopia/kopia/repo/object"
 	"github.com/kopia/kopia/snapshot"
 
+	"stillpoint.io/stillpoint/adapters"
 	"stillpoint.io/stillpoint/fault"
 )
 
 const (
 	imageName       = "disk.img"
+	treeName        = "tree"
 	descriptionName = "volume.json"
 )
 
@@ -32,13 +34,14 @@ const (
 // id meanwhile, its backup is returned when it is of the same snapshot, and the error is Busy when it is not.
 func (w *Writer) Commit(ctx context.Context, b Backup, check func(ctx context.Context, back *Image) error) (got Backup, err error) {
 	err = within(ctx, func(ctx context.Context) error {
-		got, err = w.commit(ctx, b, check)
+		got, err = w.commit(ctx, b, func(back *reader, b Backup) error { return back.check(ctx, b, check) })
 		return err
 	})
 	return got, err
 }
 
-func (w *Writer) commit(ctx context.Context, b Backup, check func(ctx context.Context, back *Image) error) (Backup, error) {
+// commit commits with whatever check there is of what was read back.
+func (w *Writer) commit(ctx context.Context, b Backup, check func(*reader, Backup) error) (Backup, error) {
 	s := w.use()
 	defer s.users.Done()
 	m, err := w.r.describe(ctx, s, &b)
@@ -53,7 +56,7 @@ func (w *Writer) commit(ctx context.Context, b Backup, check func(ctx context.Co
 		return Backup{}, err
 	}
 	defer back.close(ctx)
-	if err := back.check(ctx, b, check); err != nil {
+	if err := check(back, b); err != nil {
 		return Backup{}, fmt.Errorf("reading back backup %s: %w", b.ID, err)
 	}
 	if err := w.confirm(ctx, s, back, b); err != nil {
@@ -104,10 +107,11 @@ func (r *Repository) describe(ctx context.Context, s *session, b *Backup) (*snap
 	if err != nil {
 		return nil, err
 	}
-	m, err := r.directory(ctx, s, b, []*snapshot.DirEntry{
-		{Name: imageName, FileSize: b.Size, ObjectID: b.Image.id},
-		{Name: descriptionName, FileSize: int64(pretty.Len()), ObjectID: object.DirectObjectID(file)},
-	})
+	files := []*snapshot.DirEntry{{Name: descriptionName, FileSize: int64(pretty.Len()), ObjectID: object.DirectObjectID(file)}}
+	if b.tree == nil {
+		files = append([]*snapshot.DirEntry{{Name: imageName, FileSize: b.Size, ObjectID: b.Image.id}}, files...)
+	}
+	m, err := r.directory(ctx, s, b, files)
 	if err != nil {
 		return nil, err
 	}
@@ -117,15 +121,30 @@ func (r *Repository) describe(ctx context.Context, s *session, b *Backup) (*snap
 	return m, nil
 }
 
-// directory writes a folder of files and makes a manifest of the backup's source with the folder as its root.
+// directory writes a folder of files, and of the backup's tree if there is one, and makes a manifest of the backup's source
+// with the folder as its root.
 func (r *Repository) directory(ctx context.Context, s *session, b *Backup, files []*snapshot.DirEntry) (*snapshot.Manifest, error) {
 	at := fs.UTCTimestampFromTime(b.Created)
 	summary := &fs.DirectorySummary{TotalFileCount: int64(len(files)), TotalDirCount: 1, MaxModTime: at}
+	entries := []any{}
+	if b.tree != nil {
+		text, err := b.tree.encode()
+		if err != nil {
+			return nil, err
+		}
+		entries = append(entries, json.RawMessage(text))
+		addSummary(summary, *b.tree)
+	}
 	for _, f := range files {
+		entries = append(entries, f)
 		f.Type, f.Permissions, f.ModTime = snapshot.EntryTypeFile, 0o600, at
 		summary.TotalFileSize += f.FileSize
 	}
-	text, err := json.Marshal(snapshot.DirManifest{StreamType: "kopia:directory", Entries: files, Summary: summary})
+	text, err := json.Marshal(struct {
+		Stream  string               `json:"stream"`
+		Entries []any                `json:"entries"`
+		Summary *fs.DirectorySummary `json:"summary"`
+	}{"kopia:directory", entries, summary})
 	if err != nil {
 		return nil, err
 	}
@@ -137,7 +156,7 @@ func (r *Repository) directory(ctx context.Context, s *session, b *Backup, files
 	return &snapshot.Manifest{
 		Source:    snapshot.SourceInfo{Host: r.host, UserName: userName, Path: "/" + b.Volume.Backend + "/" + strings.TrimPrefix(b.Volume.ID, "/")},
 		StartTime: at, // kopia orders and expires by it
-		Stats:     snapshot.Stats{TotalFileSize: summary.TotalFileSize, TotalFileCount: int32(len(files)), TotalDirectoryCount: 1},
+		Stats:     snapshot.Stats{TotalFileSize: summary.TotalFileSize, TotalFileCount: int32(min(summary.TotalFileCount, math.MaxInt32)), TotalDirectoryCount: int32(min(summary.TotalDirCount, math.MaxInt32))},
 		RootEntry: &snapshot.DirEntry{Name: path.Base(b.Volume.ID), Type: snapshot.EntryTypeDirectory, Permissions: 0o700, ModTime: at, ObjectID: b.root, DirSummary: summary},
 	}, nil
 }
@@ -202,8 +221,12 @@ func (r *Repository) checkDescription(ctx context.Context, from content.Reader, 
 	for _, e := range directory.Entries {
 		objects[e.Name] = e.ObjectID
 	}
-	if len(objects) != 2 || objects[imageName] != b.Image.id {
-		return fault.Errorf(fault.Corrupt, "backup %s: its directory does not hold the image %s", b.ID, b.Image)
+	name, id := imageName, b.Image.id
+	if b.Form == adapters.TreeForm {
+		name, id = treeName, b.Tree.id
+	}
+	if len(objects) != 2 || objects[name] != id {
+		return fault.Errorf(fault.Corrupt, "backup %s: its directory does not hold %s as its %s", b.ID, id, name)
 	}
 	var stored Backup
 	if err := r.readJSON(ctx, from, objects[descriptionName], &stored); err != nil {

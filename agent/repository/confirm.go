@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"stillpoint.io/stillpoint/adapters"
 	"stillpoint.io/stillpoint/fault"
 )
 
@@ -55,7 +56,11 @@ func (w *Writer) confirm(ctx context.Context, s *session, back *reader, b Backup
 		return w.r.corrupt(err)
 	}
 	c := confirmation{s: s, from: back.contents, packs: map[blob.ID]bool{}}
-	err := w.r.at.fault("confirming a backup in", c.image(ctx, w.r, back, b))
+	look := c.image
+	if b.Form == adapters.TreeForm {
+		look = c.tree
+	}
+	err := w.r.at.fault("confirming a backup in", look(ctx, w.r, back, b))
 	if err == nil {
 		err = c.check(ctx, w.r)
 	}
@@ -118,6 +123,48 @@ func (c *confirmation) image(ctx context.Context, r *Repository, back *reader, b
 		})
 	}
 	return readers.Wait()
+}
+
+// tree confirms the contents of a tree: of every directory and every file, each distinct object once.
+func (c *confirmation) tree(ctx context.Context, r *Repository, back *reader, b Backup) error {
+	t, err := r.openTree(ctx, back.contents, b)
+	if err != nil {
+		return err
+	}
+	if root, _, ok := b.root.ContentID(); ok {
+		if err := c.content(ctx, root); err != nil {
+			return err
+		}
+	}
+	return c.entry(ctx, r, t, t.root, map[object.ID]bool{})
+}
+
+func (c *confirmation) entry(ctx context.Context, r *Repository, t *Tree, e TreeEntry, seen map[object.ID]bool) error {
+	if seen[e.object] {
+		return nil
+	}
+	seen[e.object] = true
+	ids, err := object.VerifyObject(ctx, c.from.(objectReader), e.object)
+	if err != nil {
+		return r.corrupt(err)
+	}
+	for _, id := range ids {
+		if err := c.content(ctx, id); err != nil {
+			return err
+		}
+	}
+	if e.Type != adapters.Directory {
+		return nil
+	}
+	for child, err := range t.Below(ctx, e) {
+		if err == nil {
+			err = c.entry(ctx, r, t, child, seen)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (c *confirmation) content(ctx context.Context, id content.ID) error {

@@ -48,6 +48,33 @@
 // Beside kopia's blobs there is kopia.repository.copy, which is what its name says: the key to everything else is in
 // kopia.repository, and in no other blob of kopia's. Mend keeps a damaged index as damaged-NAME. Kopia looks at neither.
 //
+// # Layout of a tree
+//
+// The backup of a volume that is a tree of files has, instead of disk.img, a directory tree: an ordinary kopia directory,
+// with all that is in it, and in its volume.json "form" is "tree" and "tree" the object id of that directory. Directories,
+// files and symbolic links are kopia's own: a content of prefix k, in JSON, a directory; the bytes; a link's target. A file
+// of at most the chunk size is one content; a larger one lies in the repository like a disk.img. Entries are in kopia's own
+// order, directories first, then everything else, each by the bytes of its name. A directory whose JSON is longer than 1
+// MiB is cut into contents of that size.
+//
+// What kopia's entry has no place for is in a field of it that kopia leaves alone, "stillpoint", with
+//
+//	name        the name, in base64, if kopia's is another: a name that is not UTF-8, that ends in .kopia-entry (what kopia
+//	            removes when it restores), or that looks like one made here. Kopia's is then its readable part, a tilde
+//	            and 16 hexadecimal digits of its SHA-256
+//	type        fifo, socket, char-device or block-device: to kopia these are empty files
+//	target      of a symbolic link, in base64
+//	device      of a device, as stat(2) has st_rdev
+//	link        a number that all names of one file share, of a file that has several
+//	seconds     of the time since 1970, where kopia's clock does not reach it; the nanoseconds are in kopia's time
+//	attributes  extended attributes, access control lists among them: names and values in base64
+//
+// Permissions are in kopia's notation, which is that of Go's os.FileMode. Kopia restores times of directories as the newest
+// time of what is in them. Holes are not noted: what is zero in whole blocks of 4 KiB is a hole in what we restore.
+//
+// So two trees that are the same have the same id, and an incremental backup refers to the directories of its base that
+// did not change, without reading them.
+//
 // # Maintenance
 //
 // Forgetting frees nothing by itself. Maintain runs kopia's maintenance, with all of kopia's safety times

@@ -9,11 +9,12 @@ import (
 
 	"github.com/kopia/kopia/repo/content"
 
+	"stillpoint.io/stillpoint/adapters"
 	"stillpoint.io/stillpoint/fault"
 )
 
-// Dump writes a backup's index as text, for people who look into the format: the description, then a line for each
-// segment, and for each chunk of those that are not all zero. Everything is read as it is stored, so a damaged index
+// Dump writes a backup's index as text, for people who look into the format: the description, then of a disk image a line
+// for each segment, and for each chunk of those that are not all zero; of a tree a line for each entry. Everything is read as it is stored, so a damaged index
 // fails at the damage.
 func (r *Repository) Dump(ctx context.Context, out io.Writer, b Backup) error {
 	return within(ctx, func(ctx context.Context) error { return r.dump(ctx, out, b) })
@@ -26,6 +27,13 @@ func (r *Repository) dump(ctx context.Context, out io.Writer, b Backup) error {
 	}
 	if _, err := fmt.Fprintf(out, "%s\nmanifest %s, directory %s\n", text, b.manifest, b.root); err != nil {
 		return err
+	}
+	if b.Form == adapters.TreeForm {
+		tree, err := r.OpenTree(ctx, b)
+		if err != nil {
+			return err
+		}
+		return tree.dump(ctx, out, "", tree.Root())
 	}
 	image, err := r.OpenImage(ctx, b)
 	if err != nil {
@@ -79,4 +87,19 @@ func (r *Repository) Where(ctx context.Context, id string) (blobID string, offse
 		return "", 0, 0, fault.Errorf(fault.NotFound, "content %s: in no index of repository %s", id, r.at)
 	}
 	return string(info.PackBlobID), int64(info.PackOffset), int64(info.PackedLength), r.at.fault("reading", err)
+}
+
+func (t *Tree) dump(ctx context.Context, out io.Writer, path string, e TreeEntry) error {
+	if _, err := fmt.Fprintf(out, "%-12s %s %q\n", e.Type, e.object, path); err != nil || e.Type != adapters.Directory {
+		return err
+	}
+	for child, err := range t.Below(ctx, e) {
+		if err == nil {
+			err = t.dump(ctx, out, path+"/"+child.Name, child)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }

@@ -10,6 +10,7 @@ import (
 	"github.com/kopia/kopia/repo/content"
 	"github.com/kopia/kopia/repo/object"
 
+	"stillpoint.io/stillpoint/adapters"
 	"stillpoint.io/stillpoint/cbt"
 	"stillpoint.io/stillpoint/fault"
 )
@@ -32,6 +33,9 @@ const keptSegments = 64
 
 // OpenImage opens the image of a backup. A top level that is damaged or does not make up the volume is Corrupt.
 func (r *Repository) OpenImage(ctx context.Context, b Backup) (i *Image, err error) {
+	if b.Form != adapters.BlockForm {
+		return nil, fault.Errorf(fault.Invalid, "backup %s is of a tree of files and has no image", b.ID)
+	}
 	err = within(ctx, func(ctx context.Context) error {
 		i, err = r.openImage(ctx, r.kopia.ContentReader(), b)
 		return err

@@ -11,6 +11,7 @@ import (
 	"github.com/kopia/kopia/repo/object"
 	"github.com/kopia/kopia/snapshot"
 
+	"stillpoint.io/stillpoint/adapters"
 	"stillpoint.io/stillpoint/fault"
 )
 
@@ -83,6 +84,11 @@ func (m *Medium) OpenImage(ctx context.Context, b Backup) (*Image, error) {
 	return m.r.openImage(ctx, m.back.contents, b)
 }
 
+// OpenTree opens a backup's tree.
+func (m *Medium) OpenTree(ctx context.Context, b Backup) (*Tree, error) {
+	return m.r.openTree(ctx, m.back.contents, b)
+}
+
 // CheckDescription is Repository.CheckDescription on the medium.
 func (m *Medium) CheckDescription(ctx context.Context, b Backup) error {
 	return m.r.checkDescription(ctx, m.back.contents, b)
@@ -141,6 +147,9 @@ func (m *Medium) Parts(ctx context.Context, b Backup) []Chunk {
 		for _, p := range made {
 			parts = append(parts, Chunk{p.id})
 		}
+	}
+	if b.Form == adapters.TreeForm {
+		return parts
 	}
 	top := b.Image.id
 	if index, ok := top.IndexObjectID(); ok {

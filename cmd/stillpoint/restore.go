@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"strings"
@@ -13,22 +14,28 @@ import (
 
 func (a *app) restoreCommand() *cobra.Command {
 	var overwrite, suspect, giveUp bool
+	var only string
 	var budget budgetFlags
 	var progress progressFlags
 	c := &cobra.Command{
-		Use:   "restore BACKUP|HANDLE TARGET-VOLUME",
+		Use:   "restore BACKUP|HANDLE TARGET-VOLUME|DIRECTORY",
 		Short: "Make a backup or a snapshot into a new volume, or write it over an existing one",
 		Long: `Make a backup or a snapshot into a new volume, or write it over an existing one. Every chunk is checked.
 
 A restore that was interrupted or killed keeps what it wrote, and the same command again continues it; --give-up
-removes it instead. Over an existing volume only what differs is fetched and written.`,
+removes it instead. Over an existing volume only what differs is fetched and written.
+
+A tree of files becomes a new volume, or a new directory anywhere on this machine, if the target is a path like /new or
+./new. With --path only one directory or file of it is restored: a directory's content, or a directory with just the file.
+Nothing is written over and nothing is ever written outside of the target. It is begun anew when it was interrupted.`,
 		Args: arguments(2, 2, "a backup or snapshot, and the volume to make of it"),
 		RunE: func(c *cobra.Command, args []string) (err error) {
-			target, id, err := a.volume(c.Context(), args[1])
-			if err != nil {
+			q := backup.RestoreRequest{Overwrite: overwrite, Suspect: suspect, GiveUp: giveUp, Only: treePath(only)}
+			if strings.HasPrefix(args[1], "/") || strings.HasPrefix(args[1], ".") {
+				q.Directory = args[1]
+			} else if q.Target, q.Volume, err = a.volume(c.Context(), args[1]); err != nil {
 				return err
 			}
-			q := backup.RestoreRequest{Target: target, Volume: id, Overwrite: overwrite, Suspect: suspect, GiveUp: giveUp}
 			if q.Budget, err = budget.budget(1); err != nil {
 				return err
 			}
@@ -51,6 +58,7 @@ removes it instead. Over an existing volume only what differs is fetched and wri
 			})
 		},
 	}
+	c.Flags().StringVar(&only, "path", "", "of a tree of files, restore only what is at this `path` in it")
 	c.Flags().BoolVar(&overwrite, "overwrite", false, "write over the existing volume TARGET-VOLUME, which must not be in use")
 	c.Flags().BoolVar(&suspect, "suspect", false, "restore a backup even if it is suspect: it may differ from its snapshot")
 	c.Flags().BoolVar(&giveUp, "give-up", false, "remove what an interrupted restore of this backup to TARGET-VOLUME left")
@@ -61,7 +69,7 @@ removes it instead. Over an existing volume only what differs is fetched and wri
 
 func (a *app) restore(ctx context.Context, m *meter, q backup.RestoreRequest) error {
 	var report backup.RestoreReport
-	err := m.run("restore", q.Volume.String(), func(p *backup.Progress) (err error) {
+	err := m.run("restore", cmp.Or(q.Directory, q.Volume.String()), func(p *backup.Progress) (err error) {
 		q.Progress = p
 		report, err = backup.Restore(ctx, q)
 		return err
@@ -75,6 +83,10 @@ func (a *app) restore(ctx context.Context, m *meter, q backup.RestoreRequest) er
 	a.say("%s", report.Volume)
 	if q.GiveUp {
 		a.say("  the interrupted restore from %s is removed", report.Source)
+		return nil
+	}
+	if report.Entries > 0 {
+		a.say("  restored from %s: %d files, directories and links, %v written of %v, in %.1f s", report.Source, report.Entries, bytesize(report.BytesWritten), bytesize(report.Size), report.Seconds)
 		return nil
 	}
 	a.say("  restored from %s: %v written, %v there already, %v zeroed, of %v, in %.1f s", report.Source, bytesize(report.BytesWritten), bytesize(report.BytesFound), bytesize(report.BytesZeroed), bytesize(report.Size), report.Seconds)

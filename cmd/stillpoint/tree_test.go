@@ -1,0 +1,96 @@
+package main
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"stillpoint.io/stillpoint/integration/lab"
+)
+
+// A subvolume of btrfs from cut to restore, by the commands: the same as for a disk image, and ls, and one file of it.
+func TestTreeStory(t *testing.T) {
+	l := lab.Test(t)
+	programs(t)
+	environment(t, l.Dir)
+	pool, err := l.Pool(t.Context(), "pool", "btrfs", 1<<30)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tree := filepath.Join(pool.Mount, "tree")
+	if out, err := exec.CommandContext(t.Context(), "btrfs", "subvolume", "create", tree).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	write := func(path, text string) {
+		t.Helper()
+		if err := os.MkdirAll(filepath.Join(tree, filepath.Dir(path)), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(tree, path), []byte(text), 0o640); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("etc/passwd", "root")
+	write("var/log/now", "then")
+	if err := os.Symlink("passwd", filepath.Join(tree, "etc", "li\x1bnk")); err != nil {
+		t.Fatal(err)
+	}
+	must(t, "remote", "init")
+	type report struct {
+		Backup string `json:"backup"`
+		Kind   string `json:"kind"`
+		Tree   struct {
+			Entries    int64 `json:"entries"`
+			DirsReused int64 `json:"dirs_reused"`
+			FilesRead  int64 `json:"files_read"`
+		} `json:"tree"`
+	}
+	backup := func() report {
+		t.Helper()
+		all := strings.Split(strings.TrimSpace(must(t, "backup", "--json", "reflink:"+tree)), "\n")
+		return decode[report](t, all[len(all)-1])[0]
+	}
+	if r := backup(); r.Kind != "full" || r.Tree.Entries != 7 || r.Tree.FilesRead != 2 {
+		t.Errorf("%+v", r)
+	}
+	write("var/log/now", "now")
+	r := backup()
+	if r.Kind != "incremental" || r.Tree.DirsReused != 1 || r.Tree.FilesRead != 1 {
+		t.Errorf("%+v", r)
+	}
+	if out := must(t, "ls", r.Backup, "/etc/"); !strings.Contains(out, "-rw-r-----") || !strings.Contains(out, "passwd") || strings.Contains(out, "\x1b") || !strings.Contains(out, `"li\x1bnk" -> passwd`) {
+		t.Errorf("%s", out)
+	}
+	type line struct{ Name, Type string }
+	if lines := decode[line](t, must(t, "ls", "--json", r.Backup)); len(lines) != 2 || lines[0] != (line{"etc", "directory"}) {
+		t.Errorf("%+v", lines)
+	}
+	refuses(t, 3, []string{`"no/such"`}, "ls", r.Backup, "no/such")
+	must(t, "verify", r.Backup)
+	if out := must(t, "backups", "reflink:"+tree); strings.Count(out, "backup:default/") != 2 {
+		t.Errorf("%s", out)
+	}
+
+	read := func(path, want string) {
+		t.Helper()
+		if text, err := os.ReadFile(path); err != nil || string(text) != want {
+			t.Errorf("%s: %q, %v", path, text, err)
+		}
+	}
+	volume := filepath.Join(pool.Mount, "restored")
+	must(t, "restore", r.Backup, "reflink:"+volume)
+	read(filepath.Join(volume, "var/log/now"), "now")
+	out := filepath.Join(l.Dir, "out")
+	must(t, "restore", r.Backup, out, "--path", "/etc/passwd")
+	read(filepath.Join(out, "passwd"), "root")
+	refuses(t, 4, []string{"exists"}, "restore", r.Backup, out)
+	refuses(t, 4, []string{"exists"}, "restore", r.Backup, "reflink:"+volume)
+	must(t, "restore", r.Backup, filepath.Join(l.Dir, "all"))
+	read(filepath.Join(l.Dir, "all", "var/log/now"), "now")
+	if left := must(t, "snapshots", "reflink:"+tree); strings.Count(left, "@") != 1 {
+		t.Errorf("the base's snapshot is still there: %s", left)
+	}
+	must(t, "forget", r.Backup)
+}
