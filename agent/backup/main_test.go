@@ -13,6 +13,7 @@ var children = map[string]func() error{
 	"dense":   denseChild,
 	"restore": restoringChild,
 	"resume":  resumedChild,
+	"repair":  repairChild,
 }
 
 // kills is how often a test kills: as often as it is made for, or as STILLPOINT_KILLS says, which `make soak` sets.
@@ -30,7 +31,12 @@ var testDir string
 const childVariable = "STILLPOINT_BACKUP_TEST_CHILD"
 
 func TestMain(m *testing.M) {
-	if run, ok := children[os.Getenv(childVariable)]; ok {
+	if name, ok := os.LookupEnv(childVariable); ok {
+		run, ok := children[name]
+		if !ok { // to run the tests in it would be a child with children
+			fmt.Fprintf(os.Stderr, "no child does %q\n", name)
+			os.Exit(1)
+		}
 		if err := run(); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)

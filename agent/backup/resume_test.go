@@ -1,6 +1,7 @@
 package backup
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -192,9 +193,6 @@ func TestResume(t *testing.T) {
 		if left, err := r.Checkpoints(t.Context(), repository.Filter{}); err != nil || len(left) > 0 {
 			t.Errorf("left: %+v, %v", left, err)
 		}
-		if _, err := Verify(t.Context(), VerifyRequest{Repository: r, ID: resumeID + "-" + c.snapshot}); err != nil {
-			t.Error(err)
-		}
 	}
 }
 
@@ -215,13 +213,16 @@ func sameAsSnapshot(t *testing.T, r *repository.Repository, handle string, a cou
 		t.Fatal(err)
 	}
 	defer source.Close()
-	p := make([]byte, r.ChunkSize())
+	p, q := make([]byte, r.ChunkSize()), make([]byte, r.ChunkSize())
 	for off := int64(0); off < b.Size; off += int64(len(p)) {
 		if _, err := source.ReadAt(t.Context(), p, off); err != nil {
 			t.Fatal(err)
 		}
-		if same, err := image.Holds(t.Context(), p, off); !same || err != nil {
-			t.Fatalf("the backup of %s differs at %d: %v", snapshot, off, err)
+		if _, err := image.ReadAt(t.Context(), q, off); err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(p, q) {
+			t.Fatalf("the backup of %s differs in the chunk at %d", snapshot, off)
 		}
 	}
 }
@@ -345,7 +346,7 @@ func TestResumeRestore(t *testing.T) {
 	q := RestoreRequest{Source: FromBackup(w.repo, backupID(t, report.Backup)), Volume: target("local/restored")}
 	interrupt := func() {
 		t.Helper()
-		f, err := adapters.ParseFaults(fmt.Sprintf("WriteAt:%d+=unavailable", smallSize/2>>20))
+		f, err := adapters.ParseFaults(fmt.Sprintf("WriteAt@%d=unavailable", smallSize/2))
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -3,7 +3,6 @@ package repository
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"regexp"
 	"slices"
 	"strings"
@@ -205,9 +204,13 @@ func (r *Repository) lookup(ctx context.Context, from manifests, id string) (Bac
 		return Backup{}, err
 	}
 	if len(found) == 0 {
-		return Backup{}, fault.Errorf(fault.NotFound, "backup %s: not in repository %s; `stillpoint backups` lists what is", Handle{r.remote, id}, r.at)
+		return Backup{}, r.noBackup(id)
 	}
 	return found[0], nil
+}
+
+func (r *Repository) noBackup(id string) error {
+	return fault.Errorf(fault.NotFound, "backup %s: not in repository %s; `stillpoint backups` lists what is", Handle{r.remote, id}, r.at)
 }
 
 // manifests is the part of kopia's repository that lists and reads manifests.
@@ -230,11 +233,15 @@ func (r *Repository) find(ctx context.Context, from manifests, labels map[string
 		}
 		return strings.Compare(string(a.ID), string(b.ID))
 	})
+	gone, err := r.forgottenIn(ctx, from)
+	if err != nil {
+		return nil, err
+	}
 	var found []Backup
 	seen := map[string]bool{}
 	for _, e := range entries {
-		if e.Labels[descriptionLabel] == "" || seen[e.Labels[idLabel]] {
-			continue // a snapshot that somebody made with kopia itself
+		if e.Labels[descriptionLabel] == "" || seen[e.Labels[idLabel]] || gone[e.ID] {
+			continue // a snapshot that somebody made with kopia itself, or forgotten
 		}
 		var m snapshot.Manifest
 		if _, err := from.GetManifest(ctx, e.ID, &m); err != nil {
@@ -264,22 +271,6 @@ func (r *Repository) backupOf(id manifest.ID, m *snapshot.Manifest) (Backup, err
 	b.Handle = Handle{r.remote, b.ID}
 	b.manifest, b.root = id, m.RootObjectID()
 	return b, nil
-}
-
-// Forget deletes the backup's manifest; its data goes with kopia's maintenance as far as no other backup needs it.
-// NotFound if there is no such backup.
-func (r *Repository) Forget(ctx context.Context, id string) error {
-	for first := true; ; first = false { // one id may have two manifests
-		b, err := r.Backup(ctx, id)
-		if !first && fault.KindOf(err) == fault.NotFound {
-			return errors.Join(r.DeleteRecord(ctx, verifiedRecord, id), r.DeleteRecord(ctx, suspectRecord, id))
-		} else if err != nil {
-			return err
-		}
-		if err := r.deleteManifest(ctx, b.manifest); err != nil {
-			return err
-		}
-	}
 }
 
 func (r *Repository) deleteManifest(ctx context.Context, id manifest.ID) error {

@@ -86,7 +86,7 @@ func (w *Writer) Checkpoint(ctx context.Context, b Backup, done Part, base *Back
 }
 
 // Resume makes the writer's next checkpoint take the place of one that an earlier writer left.
-func (w *Writer) Resume(c Checkpoint) { w.checkpoint = c.manifest }
+func (w *Writer) Resume(c Checkpoint) { w.checkpoint, w.resumed = c.manifest, true }
 
 // Checkpoints lists the unfinished backups, of one volume or of all. Of several with one id the one that came farthest
 // counts.

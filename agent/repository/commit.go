@@ -48,6 +48,9 @@ func (w *Writer) Commit(ctx context.Context, b Backup, check func(ctx context.Co
 	if err := back.check(ctx, b, check); err != nil {
 		return Backup{}, fmt.Errorf("reading back backup %s: %w", b.ID, err)
 	}
+	if err := w.confirm(ctx, s, back, b); err != nil {
+		return Backup{}, fmt.Errorf("backup %s: %w", b.ID, err)
+	}
 	if err := w.r.dropCheckpoints(ctx, s, b); err != nil {
 		return Backup{}, err
 	}

@@ -45,6 +45,9 @@
 //
 // A record is a manifest with the label type=stillpoint-KIND and a label key: what was learnt about backups and volumes.
 //
+// Beside kopia's blobs there is kopia.repository.copy, which is what its name says: the key to everything else is in
+// kopia.repository, and in no other blob of kopia's. Mend keeps a damaged index as damaged-NAME. Kopia looks at neither.
+//
 // # Promises
 //
 // No blob is rewritten in place, except those that kopia's own maintenance owns. A backup is listed only after its data

@@ -121,7 +121,7 @@ func TestDistrust(t *testing.T) {
 	if err := errors.Join(r.MarkSuspect(t.Context(), h.ID, "a test says so"), r.Close(context.Background())); err != nil {
 		t.Fatal(err)
 	}
-	if text := must(t, with("backups", volume)...); strings.Count(text, "suspect") != 1 || strings.Count(text, "complete") != 2 {
+	if text := must(t, with("backups", volume)...); strings.Count(text, "SUSPECT") != 1 || strings.Count(text, "never") != 3 {
 		t.Errorf("backups: %s", text)
 	}
 	target := "files:" + filepath.Join(pool.Mount, "restored.img")

@@ -119,3 +119,23 @@ func TestBudgetFlags(t *testing.T) {
 	must(t, "remote", "init")
 	refuses(t, 2, []string{"--progress", "json"}, "verify", "--progress", "loud", "backup:default/x")
 }
+
+// The passphrase can be changed; the old one opens nothing any more.
+func TestChangePassphrase(t *testing.T) {
+	dir := t.TempDir()
+	_, passphrase := environment(t, dir)
+	must(t, "remote", "init")
+	next := filepath.Join(dir, "next")
+	if err := os.WriteFile(next, []byte("another that nobody may see\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	refuses(t, 2, []string{"--new-passphrase-file"}, "remote", "passphrase")
+	if text := must(t, "remote", "passphrase", "--new-passphrase-file", next); strings.Contains(text, "nobody may see") {
+		t.Errorf("it shows: %s", text)
+	}
+	refuses(t, 2, []string{"wrong passphrase"}, "backups")
+	if err := os.Rename(next, passphrase); err != nil {
+		t.Fatal(err)
+	}
+	must(t, "backups")
+}

@@ -16,7 +16,7 @@ func (a *app) remoteCommand() *cobra.Command {
 		Args:  cobra.ArbitraryArgs,
 		RunE:  subcommand,
 	}
-	c.AddCommand(a.remoteInitCommand(), a.remoteStatusCommand(), a.remoteCheckCommand())
+	c.AddCommand(a.remoteInitCommand(), a.remoteStatusCommand(), a.remoteMaintainCommand(), a.remoteCheckCommand(), a.remotePassphraseCommand())
 	return c
 }
 
@@ -77,6 +77,10 @@ func (a *app) remoteStatusCommand() *cobra.Command {
 			if len(looked) > 0 {
 				a.say("unaudited   %s", describeUnaudited(looked[0], time.Now()))
 			}
+			if s.Unverified != nil {
+				a.say("unverified  for %s at most: %s (%d of the backups were never verified)", age(time.Since(s.UnverifiedSince)), s.Unverified, s.NeverVerified)
+			}
+			a.say("suspect     %d", s.Suspect)
 			return nil
 		},
 	})

@@ -34,11 +34,3 @@ func describeUnaudited(u backup.Unaudited, now time.Time) string {
 	}
 	return fmt.Sprintf("some of %s since %s (%s); `stillpoint scrub` looks at it", u.Volume, u.Since.Local().Format(time.DateTime), age(now.Sub(u.Since)))
 }
-
-// age is how long ago something was, in days or hours.
-func age(d time.Duration) string {
-	if d < 48*time.Hour {
-		return fmt.Sprintf("%d hours", int(d.Hours()))
-	}
-	return fmt.Sprintf("%d days", int(d.Hours()/24))
-}

@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/http/httputil"
 	"net/url"
+	"path"
 	"strconv"
 	"strings"
 	"sync"
@@ -24,7 +25,7 @@ type Proxy struct {
 
 	mu      sync.Mutex
 	rules   []*Rule
-	seen    []request
+	seen    []Request
 	server  *http.Server
 	serving sync.WaitGroup
 	addr    string
@@ -32,12 +33,13 @@ type Proxy struct {
 	open    http.RoundTripper
 }
 
-type request struct{ method, object, query string }
+// Request is what a proxy remembers of one.
+type Request struct{ Method, Object, Query string }
 
 // Rule says which requests are disturbed, and how. Empty conditions hold for every request.
 type Rule struct {
 	Method string // GET, PUT, …
-	Object string // the object's name contains this
+	Object string // the object's name, behind the last /, begins with this
 	Query  string // the query contains this, as in "list-type"
 	Skip   int    // so many requests are let through before
 	Times  int    // so many are disturbed; 0: all from then on
@@ -58,6 +60,7 @@ type Fault struct {
 	CutRequest bool          // the connection breaks when half of the request's body was passed on
 	FlipAnswer bool          // a bit in the middle of the answer's body is flipped
 	FlipUpload bool          // a bit in the middle of the request's body is flipped on its way to the store
+	Stale      bool          // a listing leaves out its first object
 	Clock      time.Duration // the store's clock goes so far ahead, as its answers show
 }
 
@@ -132,7 +135,7 @@ func (p *Proxy) Heal() (disturbed int) {
 
 func (p *Proxy) faultFor(r *http.Request) Fault {
 	_, object, _ := strings.Cut(strings.TrimPrefix(r.URL.Path, "/"), "/")
-	q := request{r.Method, object, r.URL.RawQuery}
+	q := Request{r.Method, object, r.URL.RawQuery}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.seen = append(p.seen, q)
@@ -149,21 +152,17 @@ func (p *Proxy) faultFor(r *http.Request) Fault {
 	return Fault{}
 }
 
-// Count is how many requests there were that the conditions of a rule fit, since the proxy started or was asked last.
-func (p *Proxy) Count(r Rule) (n int) {
+// Seen are the requests since the proxy started or was asked last.
+func (p *Proxy) Seen() []Request {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for _, seen := range p.seen {
-		if r.fits(seen) {
-			n++
-		}
-	}
+	seen := p.seen
 	p.seen = nil
-	return n
+	return seen
 }
 
-func (r *Rule) fits(q request) bool {
-	return (r.Method == "" || r.Method == q.method) && strings.Contains(q.object, r.Object) && strings.Contains(q.query, r.Query)
+func (r *Rule) fits(q Request) bool {
+	return (r.Method == "" || r.Method == q.Method) && strings.HasPrefix(path.Base(q.Object), r.Object) && strings.Contains(q.Query, r.Query)
 }
 
 // ServeHTTP answers one request.
@@ -232,20 +231,40 @@ func (f Fault) spoilAnswer(a *http.Response) error {
 				a.Header.Set(h, t.Add(f.Clock).Format(http.TimeFormat))
 			}
 		}
+	case f.Stale:
+		return replace(a, func(p []byte) []byte {
+			if from, to := bytes.Index(p, []byte("<Contents>")), bytes.Index(p, []byte("</Contents>")); from >= 0 && to > from {
+				p = append(p[:from], p[to+len("</Contents>"):]...)
+			}
+			return p
+		})
 	case f.FlipAnswer:
-		p, err := io.ReadAll(a.Body)
-		if err != nil {
-			return err
-		}
-		a.Body.Close()
-		if len(p) > 0 {
-			p[len(p)/2] ^= 1
-		}
-		a.Body = io.NopCloser(bytes.NewReader(p))
+		return replace(a, func(p []byte) []byte {
+			if len(p) > 0 {
+				p[len(p)/2] ^= 1
+			}
+			return p
+		})
 	case f.CutAnswer > 0:
 		a.Body = &body{a.Body, io.MultiReader(io.LimitReader(a.Body, f.CutAnswer), failing{})}
 	case f.Rate > 0:
 		a.Body = &body{a.Body, &slowReader{a.Request.Context(), a.Body, f.Rate}}
+	}
+	return nil
+}
+
+// replace changes the whole body of an answer.
+func replace(a *http.Response, change func([]byte) []byte) error {
+	p, err := io.ReadAll(a.Body)
+	if err != nil {
+		return err
+	}
+	a.Body.Close()
+	p = change(p)
+	a.Body = io.NopCloser(bytes.NewReader(p))
+	if a.ContentLength >= 0 {
+		a.ContentLength = int64(len(p))
+		a.Header.Set("Content-Length", strconv.Itoa(len(p)))
 	}
 	return nil
 }
