@@ -30,7 +30,15 @@ const (
 // image as that reader has it, and is expected to read a sample of it; the manifest is written and made durable; it is
 // read back the same way. An error of check is returned and nothing is committed. If another process committed the same
 // id meanwhile, its backup is returned when it is of the same snapshot, and the error is Busy when it is not.
-func (w *Writer) Commit(ctx context.Context, b Backup, check func(ctx context.Context, back *Image) error) (Backup, error) {
+func (w *Writer) Commit(ctx context.Context, b Backup, check func(ctx context.Context, back *Image) error) (got Backup, err error) {
+	err = within(ctx, func(ctx context.Context) error {
+		got, err = w.commit(ctx, b, check)
+		return err
+	})
+	return got, err
+}
+
+func (w *Writer) commit(ctx context.Context, b Backup, check func(ctx context.Context, back *Image) error) (Backup, error) {
 	s := w.use()
 	defer s.users.Done()
 	m, err := w.r.describe(ctx, s, &b)
@@ -182,7 +190,7 @@ func (b *reader) check(ctx context.Context, want Backup, check func(ctx context.
 // CheckDescription makes sure that what the repository says about a backup in three places (manifest, directory,
 // volume.json) is one and the same. Corrupt if it is not.
 func (r *Repository) CheckDescription(ctx context.Context, b Backup) error {
-	return r.checkDescription(ctx, r.kopia.ContentReader(), b)
+	return within(ctx, func(ctx context.Context) error { return r.checkDescription(ctx, r.kopia.ContentReader(), b) })
 }
 
 func (r *Repository) checkDescription(ctx context.Context, from content.Reader, b Backup) error {

@@ -31,8 +31,12 @@ type Image struct {
 const keptSegments = 64
 
 // OpenImage opens the image of a backup. A top level that is damaged or does not make up the volume is Corrupt.
-func (r *Repository) OpenImage(ctx context.Context, b Backup) (*Image, error) {
-	return r.openImage(ctx, r.kopia.ContentReader(), b)
+func (r *Repository) OpenImage(ctx context.Context, b Backup) (i *Image, err error) {
+	err = within(ctx, func(ctx context.Context) error {
+		i, err = r.openImage(ctx, r.kopia.ContentReader(), b)
+		return err
+	})
+	return i, err
 }
 
 // objectReader is what kopia's object package reads from.
