@@ -199,7 +199,7 @@ func TestScrubWithinDays(t *testing.T) {
 	t.Parallel()
 	const place = 190 << 20
 	const days = 10
-	w := newWorld(t, 64<<10, 640<<20)
+	w := newWorld(t, 64<<10, 320<<20)
 	w.write([]byte("data"), place)
 	s1, _ := w.cut()
 	w.backup(s1)
