@@ -3,8 +3,11 @@ package backup
 import (
 	"bytes"
 	"context"
+	"io/fs"
 	"log/slog"
 	"math/rand/v2"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -22,10 +25,21 @@ func (w *world) inBucket(s *s3.Store, endpoint string, patience time.Duration) {
 		Endpoint: s.Endpoint, Bucket: s.Bucket(w.t), Prefix: "a/prefix/", Region: s.Region, Patience: patience,
 		AccessKey: adapters.NewSecret(s.AccessKey), SecretKey: adapters.NewSecret(s.SecretKey),
 	}
-	w.at = repository.Location{S3: at}
-	if err := repository.Init(w.t.Context(), w.at, passphrase, repository.Options{ChunkSize: 64 << 10, Host: "test"}); err != nil {
+	// The blobs of an empty repository in a folder are the objects of one in a bucket.
+	folder := emptyRepository(w.t, 64<<10)
+	err := filepath.WalkDir(folder, func(path string, d fs.DirEntry, err error) error {
+		rel, isBlob := strings.CutSuffix(strings.TrimPrefix(path, folder+"/"), ".f")
+		if err != nil || !isBlob {
+			return err
+		}
+		content, err := os.ReadFile(path)
+		s.Put(w.t, at.Bucket, at.Prefix+strings.ReplaceAll(rel, "/", ""), content)
+		return err
+	})
+	if err != nil {
 		w.t.Fatal(err)
 	}
+	w.at = repository.Location{S3: at}
 	if endpoint != "" {
 		at.Endpoint = endpoint
 	}
@@ -152,7 +166,8 @@ func TestS3FaultsInBackup(t *testing.T) {
 				t.Errorf("%v (%s)", err, fault.KindOf(err))
 			}
 			w.at.S3.Patience = 0 // from here on nothing is disturbed
-			all, listErr := openRepository(t, w.at).Backups(t.Context(), repositoryFilter)
+			w.repo = openRepository(t, w.at)
+			all, listErr := w.repo.Backups(t.Context(), repositoryFilter)
 			if listErr != nil || err == nil && len(all) != 1 || err != nil && len(all) != 0 {
 				t.Errorf("%d backups are listed: %v", len(all), listErr)
 			}
@@ -160,7 +175,6 @@ func TestS3FaultsInBackup(t *testing.T) {
 				mustEqual(t, "a backup that survived", w.content(a.Backup), wantFirst)
 			}
 
-			w.repo = openRepository(t, w.at)
 			w.write([]byte("more"), 35<<20)
 			second, wantSecond := w.cut()
 			b := w.backup(second)

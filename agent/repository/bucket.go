@@ -130,7 +130,7 @@ func openBucket(at *S3) (*bucket, error) {
 	return &bucket{at: at, prefix: at.prefix(), core: minio.Core{Client: client}, transport: transport, patience: patience}, nil
 }
 
-// impatient is the same bucket with a part of the patience, for calls of which a mistyped address should not make minutes.
+// impatient is the same bucket with a part of the patience, for calls that a mistyped address should not keep for minutes.
 func (b *bucket) impatient(part time.Duration) *bucket {
 	quick := *b
 	quick.patience.longest /= part

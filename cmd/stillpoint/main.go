@@ -103,7 +103,8 @@ incremental backups in a kopia repository that restore anywhere.
 
 A volume is written BACKEND:ID, for example reflink:/pool/disk.img; a snapshot BACKEND:ID@NAME; a backup
 backup:REMOTE/ID. Without --config there is the backend "reflink" (files on XFS and btrfs), and the remote "default"
-is the folder in $STILLPOINT_REMOTE with its passphrase in the file $STILLPOINT_PASSPHRASE_FILE.
+is the folder in $STILLPOINT_REMOTE, or the bucket $STILLPOINT_S3_BUCKET at $STILLPOINT_S3_ENDPOINT with the keys in
+$AWS_ACCESS_KEY_ID and $AWS_SECRET_ACCESS_KEY; its passphrase is in the file $STILLPOINT_PASSPHRASE_FILE.
 
 Exit codes: 0 success, 1 unforeseen, 2 invalid, 3 not found, 4 busy, 5 unsupported, 6 corrupt, 7 exhausted,
 8 unavailable (try again), 9 the cut was void and discarded (try again), 130 interrupted.`,

@@ -6,6 +6,7 @@
 package s3
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -206,6 +207,14 @@ func (s *Store) bucket(t testing.TB, lock bool) string {
 		t.Fatalf("making a bucket in %s: %v", s.Kind, err)
 	}
 	return name
+}
+
+// Put writes an object.
+func (s *Store) Put(t testing.TB, bucket, object string, content []byte) {
+	t.Helper()
+	if _, err := s.client.PutObject(t.Context(), bucket, object, bytes.NewReader(content), int64(len(content)), minio.PutObjectOptions{}); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // Objects lists the names of all objects of a bucket that begin with a prefix.
