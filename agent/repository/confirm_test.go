@@ -75,6 +75,7 @@ var late = map[string]func(*Writer){
 // A backup that took too long, and whose contents a maintenance dropped meanwhile, is not committed; neither is one whose
 // contents are in the index and not on the medium.
 func TestLateBackupIsNotWrong(t *testing.T) {
+	t.Parallel()
 	d := &disk{name: "v", chunks: make([]uint64, 1100), random: true}
 	for i := range 20 {
 		d.chunks[i*50] = uint64(i + 1)
@@ -130,6 +131,7 @@ func TestLateBackupIsNotWrong(t *testing.T) {
 // A backup that took too long, and whose contents are marked as deleted, stores them anew: a maintenance that listed the
 // backups before it was committed may drop what is marked.
 func TestLateBackupOutlivesMarks(t *testing.T) {
+	t.Parallel()
 	a := newAged(t)
 	d := &disk{name: "v", chunks: make([]uint64, 1100), random: true}
 	for i := range 20 {
@@ -161,6 +163,7 @@ func TestLateBackupOutlivesMarks(t *testing.T) {
 
 // A checkpoint that was written too late goes when it proves to be worthless, so that the next run begins anew.
 func TestWorthlessCheckpointGoes(t *testing.T) {
+	t.Parallel()
 	a := newAged(t)
 	d := &disk{name: "v", chunks: make([]uint64, 1100), random: true}
 	d.chunks[3], d.chunks[1050] = 1, 2

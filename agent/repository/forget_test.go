@@ -30,6 +30,7 @@ func manifestContents(t *testing.T, r *Repository) (n int) {
 // Two processes compact manifests, one of which has not seen that a backup was forgotten. Kopia's repository has the
 // manifest again then; Stillpoint does not list the backup, and the next maintenance deletes it once more.
 func TestForgottenStaysForgotten(t *testing.T) {
+	t.Parallel()
 	a := newAged(t)
 	d := &disk{name: "v", chunks: []uint64{1, 2, 3}}
 	kept := a.backup(d, "kept")
@@ -109,6 +110,7 @@ func TestForgottenStaysForgotten(t *testing.T) {
 
 // What was learnt about a backup goes with it: another of its id begins with nothing.
 func TestForgetTakesRecords(t *testing.T) {
+	t.Parallel()
 	r := mustOpen(t, mustInit(t, MinChunkSize), OpenOptions{})
 	d := &disk{name: "v", chunks: []uint64{1}}
 	var ids []string

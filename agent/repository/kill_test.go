@@ -108,6 +108,7 @@ func (a *aged) killChild(child string, after time.Duration, most int, env ...str
 // Killed at any moment, forgetting and maintaining leave a repository in which every backup that is listed is right, what
 // was said to be forgotten is gone and nothing else, and which goes on as if nothing had happened.
 func TestKilledForgetAndMaintenance(t *testing.T) {
+	t.Parallel()
 	a := newAged(t)
 	rng := rand.New(rand.NewPCG(uint64(time.Now().UnixNano()), 0))
 	d := &disk{name: "v", chunks: make([]uint64, 1300), random: true}
@@ -132,7 +133,7 @@ func TestKilledForgetAndMaintenance(t *testing.T) {
 			ids = append(ids, id)
 		}
 		doomed := ids[:6]
-		a.pass(time.Second) // a clock that stands still would be one that is behind
+		a.leap(time.Second) // a clock that stands still would be one that is behind
 
 		said, lived := a.killChild("forget", within(run, 0), len(doomed)/2, "IDS="+strings.Join(doomed, " "))
 		if run == 0 {
@@ -157,15 +158,15 @@ func TestKilledForgetAndMaintenance(t *testing.T) {
 		}
 		a.check()
 
-		a.pass(25 * time.Hour)
+		a.leap(25 * time.Hour)
 		said, lived = a.killChild("maintain", within(run, 1), killCycles)
 		if run == 0 {
 			paces[1] = lived
 		}
 		cycles += len(said)
-		a.pass(0)
+		a.leap(0)
 		a.check()
-		a.pass(killCycles * 25 * time.Hour)
+		a.leap(killCycles * 25 * time.Hour)
 		a.check()
 		a.maintain(MaintainOptions{})
 		a.check()
@@ -181,7 +182,7 @@ func TestKilledForgetAndMaintenance(t *testing.T) {
 		}
 	}
 	for range 6 {
-		a.pass(25 * time.Hour)
+		a.leap(25 * time.Hour)
 		a.maintain(MaintainOptions{})
 	}
 	a.check()

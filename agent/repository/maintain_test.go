@@ -26,6 +26,7 @@ type aged struct {
 	run  string
 	now  time.Duration // since now
 	repo *Repository
+	open []*Repository
 	has  map[string]*disk // what backups must hold
 }
 
@@ -33,14 +34,37 @@ func newAged(t *testing.T) *aged {
 	t.Helper()
 	a := &aged{t: t, at: mustInit(t, MinChunkSize), run: t.TempDir(), has: map[string]*disk{}}
 	a.pass(0)
+	t.Cleanup(func() {
+		for _, r := range a.open {
+			if err := r.Close(context.Background()); err != nil {
+				t.Error(err)
+			}
+		}
+	})
 	return a
 }
 
-// pass opens the repository a while later.
+// pass opens the repository a while later. What was open stays so.
 func (a *aged) pass(d time.Duration) {
 	a.t.Helper()
 	a.now += d
-	a.repo = mustOpen(a.t, a.at, OpenOptions{Locks: a.run}.Skewed(a.now, a.now))
+	var err error
+	if a.repo, err = Open(a.t.Context(), a.at, secret, OpenOptions{Host: "test", Locks: a.run}.Skewed(a.now, a.now)); err != nil {
+		a.t.Fatal(err)
+	}
+	a.open = append(a.open, a.repo)
+}
+
+// leap is pass for tests that do it often: it closes what was open.
+func (a *aged) leap(d time.Duration) {
+	a.t.Helper()
+	for _, r := range a.open {
+		if err := r.Close(a.t.Context()); err != nil {
+			a.t.Fatal(err)
+		}
+	}
+	a.open = nil
+	a.pass(d)
 }
 
 func (a *aged) maintain(o MaintainOptions) Maintenance {
@@ -122,6 +146,7 @@ const day = 24 * time.Hour
 // With a maintenance a day, as kopia's schedule has it, the space of forgotten backups is back after some cycles, and all
 // other backups are what they were in every state between.
 func TestSpaceComesBack(t *testing.T) {
+	t.Parallel()
 	a := newAged(t)
 	d := &disk{name: "v", chunks: make([]uint64, 1500), random: true}
 	next := uint64(1)
@@ -179,6 +204,7 @@ func TestSpaceComesBack(t *testing.T) {
 // Contents that a backup refers to again, after a cycle marked them as deleted, are read at once, lose the mark in the next
 // cycle, and are there when everything is gone that really was to go.
 func TestDeletedContentsComeBack(t *testing.T) {
+	t.Parallel()
 	a := newAged(t)
 	d := &disk{name: "v", chunks: make([]uint64, 1100), random: true}
 	for i := range 40 {
@@ -274,6 +300,7 @@ func number(m Maintenance, task, name string) int {
 
 // What marks contents as in use, and what does not, is as kopia judges it.
 func TestCollectIsKopias(t *testing.T) {
+	t.Parallel()
 	a := newAged(t)
 	d := &disk{name: "v", chunks: make([]uint64, 1200)}
 	for n := range 4 {
@@ -321,6 +348,7 @@ func TestCollectIsKopias(t *testing.T) {
 
 // One host maintains, one process at a time.
 func TestWhoMaintains(t *testing.T) {
+	t.Parallel()
 	a := newAged(t)
 	other, err := Open(t.Context(), a.at, secret, OpenOptions{Host: "other", Locks: a.run})
 	if err != nil {
@@ -367,6 +395,7 @@ func TestWhoMaintains(t *testing.T) {
 
 // With a clock that is wrong nothing is judged by its age, and nothing is put off.
 func TestClocksThatJump(t *testing.T) {
+	t.Parallel()
 	a := newAged(t)
 	d := &disk{name: "v", chunks: make([]uint64, 100)}
 	for n := range 3 {
@@ -424,6 +453,7 @@ func TestClocksThatJump(t *testing.T) {
 
 // Checkpoints keep what they refer to, and go when nobody will continue from them.
 func TestStaleCheckpoints(t *testing.T) {
+	t.Parallel()
 	a := newAged(t)
 	d := &disk{name: "v", chunks: make([]uint64, 64), random: true}
 	for i := range d.chunks {
@@ -488,6 +518,7 @@ func TestStaleCheckpoints(t *testing.T) {
 
 // What cannot be understood stops a maintenance before anything is freed: kopia's own would take its data for unused.
 func TestMaintenanceStopsAtDamage(t *testing.T) {
+	t.Parallel()
 	a := newAged(t)
 	d := &disk{name: "v", chunks: []uint64{1, 2, 3}}
 	a.backup(d, "good")

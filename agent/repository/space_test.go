@@ -168,6 +168,7 @@ func reached(t *testing.T, r *Repository) map[string]map[content.ID]bool {
 
 // Space is what counting every content of every backup by kopia's own means comes to.
 func TestSpace(t *testing.T) {
+	t.Parallel()
 	r := mustOpen(t, mustInit(t, MinChunkSize), OpenOptions{})
 	rng := rand.New(rand.NewPCG(1, 2))
 	at := time.Date(2026, 3, 1, 0, 0, 0, 0, time.UTC)
@@ -291,6 +292,7 @@ func TestSpace(t *testing.T) {
 
 // A backup that refers to what is not there is named.
 func TestSpaceOfADamagedRepository(t *testing.T) {
+	t.Parallel()
 	r := mustOpen(t, mustInit(t, MinChunkSize), OpenOptions{})
 	d := &disk{name: "v", chunks: []uint64{1, 2, 3}}
 	b, err := d.backup(t.Context(), r, "hurt", time.Now())
