@@ -2,6 +2,7 @@
 # make demo      the main job on real filesystems, start to end (root)
 # make check     format, vet, lint and unit tests: no root
 # make test      every test, on real filesystems and with the race detector (root)
+# make soak      a thousand kills of everything that can be killed, each followed by a full check (root, hours)
 # make bench     the numbers of the README, against restic, borg and kopia (root)
 # Each installs the Debian packages it needs, and says so. Go 1.26 must be there.
 
@@ -15,7 +16,7 @@ STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 VERSION     := $(shell git describe --always --dirty 2>/dev/null || echo development)
 LDFLAGS     := -s -w -X main.version=$(VERSION)
 
-.PHONY: build demo check lint test bench clean
+.PHONY: build demo check lint test soak bench clean
 
 build:
 	@./packages.sh
@@ -38,6 +39,10 @@ lint:
 test: lint
 	@./packages.sh $(FILESYSTEMS)
 	go test -race -timeout 30m ./...
+
+soak:
+	@./packages.sh $(COMPILER) $(FILESYSTEMS)
+	STILLPOINT_KILLS=1000 go test -timeout 24h -v -run Kill ./agent/backup ./agent/repository
 
 bench: build
 	@./packages.sh $(FILESYSTEMS) $(PEERS)

@@ -51,6 +51,7 @@ import (
 	"time"
 
 	"stillpoint.io/stillpoint/cbt"
+	"stillpoint.io/stillpoint/cbt/audit"
 )
 
 // Adapter is what every backend can do. Abilities that only some have are the small interfaces below; As finds
@@ -296,6 +297,7 @@ type Capabilities struct {
 	Changed     string          `json:"changed"`     // where changed blocks come from, and how exact they are
 	PointInTime string          `json:"pointInTime"` // which acknowledgement fixes the point in time, with its source
 	Confidence  cbt.Confidence  `json:"-"`
+	Source      audit.Source    `json:"source"`    // who answers the changed-block question, as found when the backend was opened
 	NodeLocal   bool            `json:"nodeLocal"` // volumes exist on one node only
 	Abilities   map[string]bool `json:"abilities,omitempty"`
 }

@@ -10,6 +10,7 @@ import (
 
 	"stillpoint.io/stillpoint/adapters"
 	"stillpoint.io/stillpoint/cbt"
+	"stillpoint.io/stillpoint/cbt/audit"
 	"stillpoint.io/stillpoint/fault"
 )
 
@@ -41,6 +42,7 @@ func (a *Adapter) Capabilities() adapters.Capabilities {
 		Changed:     "comparison of shared chunks of 64 KiB by address: exact",
 		PointInTime: "CreateSnapshot's return: the volume's tree is shared under its lock",
 		Confidence:  cbt.Exact,
+		Source:      audit.Source{Name: "mem"},
 		NodeLocal:   true,
 	}
 }

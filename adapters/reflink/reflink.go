@@ -47,6 +47,7 @@ import (
 
 	"stillpoint.io/stillpoint/adapters"
 	"stillpoint.io/stillpoint/cbt"
+	"stillpoint.io/stillpoint/cbt/audit"
 	"stillpoint.io/stillpoint/fault"
 )
 
@@ -96,6 +97,7 @@ func (a *Adapter) Capabilities() adapters.Capabilities {
 		Changed:     "extent addresses (FIEMAP) of the two files, exact to the filesystem's block; generations of inodes between snapshots of a subvolume, exact to the file",
 		PointInTime: "the return of ioctl_ficlonerange(2): later writes to the volume go to other blocks; that of BTRFS_IOC_SNAP_CREATE_V2 for a subvolume",
 		Confidence:  cbt.Exact,
+		Source:      audit.Source{Name: "fiemap"},
 		NodeLocal:   true,
 	}
 }

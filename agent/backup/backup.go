@@ -2,16 +2,22 @@
 //
 // A backup is planned first, by a pure function over what the backend and the repository have, then run: the changed
 // extents become aligned chunks, chunks are read in parallel, all-zero ones are recognised, the others are hashed,
-// compressed, encrypted and packed by kopia, and the indexes are written in order behind them. What the backend calls
-// unchanged is distrusted: some of it is read as well and compared with the base. The backup exists once its manifest
-// is committed, and that is last.
+// compressed, encrypted and packed by kopia, and the indexes are written in order behind them. The backup exists once
+// its manifest is committed, and that is last.
+//
+// What the backend calls unchanged or empty is distrusted, as package cbt/audit lays down. Sources with known faults are
+// not asked. Some of what is not listed is read as well and compared with the base. Before the commit, random places of
+// the whole image are read back from the repository and compared with the snapshot. A backend that is caught makes a full
+// backup that reads every byte. Scrub looks at everything in time, whatever was listed; Canary asks the backend about
+// writes of our own. A backup that turns out to be wrong is marked suspect, is never a base again, and a new one is made
+// where its snapshot still exists.
 //
 // A run that fails, is cancelled or is killed leaves a repository that is as good as before, with some data in it
 // that the next run finds and need not store again if it was flushed. Backups of different ids may run at the same
 // time, also of one volume; of two with the same id one is kept.
 //
-// Memory follows the Budget and not the volume, except for one bit for each chunk of a volume while an incremental
-// runs and 36 bytes for each 64 MiB of its base: 12 MiB for 16 TiB in chunks of 1 MiB.
+// Memory follows the Budget and not the volume, except for two bits for each chunk of a volume while a backup runs and,
+// of an incremental, 36 bytes for each 64 MiB of its base: 14 MiB for 16 TiB in chunks of 1 MiB.
 package backup
 
 import (
@@ -19,12 +25,15 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
+	"slices"
 	"sync/atomic"
 	"time"
 
 	"stillpoint.io/stillpoint/adapters"
 	"stillpoint.io/stillpoint/agent/repository"
 	"stillpoint.io/stillpoint/cbt"
+	"stillpoint.io/stillpoint/cbt/audit"
 	"stillpoint.io/stillpoint/fault"
 )
 
@@ -41,10 +50,14 @@ type Request struct {
 	Repository *repository.Repository
 	ID         string // the backup's id; empty: derived from the snapshot, so that a repetition finds it
 	Full       bool   // reuse no index
+	Whole      bool   // Full, and read every byte, also what the backend says is empty
+	Distrust   string // why the backend's changed blocks are not to be used, if they are not; makes a full backup
 	Budget     Budget
 	Pool       *Pool     // of StorePool, when several backups share one; nil: one of the Budget for this backup alone
 	Progress   *Progress // may be nil
 	Pace       Pace      // of checkpoints
+
+	chance rand.Source // of the audit; nil: one that nobody knows
 }
 
 // Report is what a backup did. Counts are bytes. New and reused are of the data that is not all zero; of an
@@ -59,6 +72,7 @@ type Report struct {
 	BytesResumed int64           `json:"bytes_resumed"`  // of the image, that an interrupted run had done
 	BytesRead    int64           `json:"bytes_read"`     // from the snapshot, for the changed chunks
 	BytesAudited int64           `json:"bytes_audited"`  // from the snapshot, to distrust the changed blocks
+	BytesChecked int64           `json:"bytes_checked"`  // read back from the repository and compared with the snapshot
 	BytesNew     int64           `json:"bytes_new"`      // in chunks that the repository did not have
 	BytesReused  int64           `json:"bytes_reused"`   // in chunks that it had
 	BytesStored  int64           `json:"bytes_stored"`   // written to the repository, compressed, with indexes
@@ -67,11 +81,13 @@ type Report struct {
 	Existed      bool            `json:"existed,omitempty"`    // the backup was there already, nothing was done
 	Distrusted   bool            `json:"distrusted,omitempty"` // it was to be incremental, and had to be made again as a full one
 	Warnings     []string        `json:"warnings,omitempty"`
+	Suspect      []string        `json:"suspect,omitempty"` // handles of older backups that turned out to be wrong, or may be
 }
 
 // Run makes the backup, or continues one that was interrupted. NotFound: no such snapshot. Busy: it is not ready yet, or
 // another backup of the volume is under way. Invalid: it is not verified, or the id belongs to a backup of something
-// else. Exhausted: the repository is full.
+// else. Exhausted: the repository is full. Corrupt: what was stored does not come back as what the snapshot has, or the
+// backup of that id is suspect.
 func Run(ctx context.Context, q Request) (_ Report, err error) {
 	started := time.Now()
 	release, err := q.Repository.Lock(q.Snapshot.Volume)
@@ -97,18 +113,34 @@ func Run(ctx context.Context, q Request) (_ Report, err error) {
 		report.Seconds = time.Since(started).Seconds()
 		return report, nil
 	}
+	report.Warnings = p.Warnings
+	for _, w := range p.Warnings {
+		slog.WarnContext(ctx, w, "snapshot", p.Snapshot.ID.String())
+	}
 	made, err := run(ctx, q, p, started, &report)
 	var distrusted *distrustError
 	if errors.As(err, &distrusted) {
 		warning := fmt.Sprintf("%v; the backup is made again as a full one", distrusted)
-		slog.ErrorContext(ctx, warning, "snapshot", p.Snapshot.ID.String(), "base", p.Base.Handle.String())
+		slog.ErrorContext(ctx, warning, "snapshot", p.Snapshot.ID.String(), "plan", p.Reason)
 		report.Warnings, report.Distrusted = append(report.Warnings, warning), true
-		p.Kind, p.Base, p.Resume, p.Reason = repository.Full, nil, nil, "the changed blocks since the base cannot be trusted"
+		if p.Base != nil && distrusted.lied {
+			if report.Suspect, err = doubt(ctx, q, *p.Base, distrusted); err != nil {
+				return Report{}, fmt.Errorf("backing up %s: looking whether its base is right: %w", p.Snapshot.ID, err)
+			}
+		}
+		if err := q.Repository.GiveUp(ctx, p.ID); err != nil { // what was believed must not be continued
+			return Report{}, err
+		}
+		p.Kind, p.Base, p.Unfinished, p.Resume = repository.Full, nil, nil, nil
+		p.Whole, p.Reason = p.Whole || distrusted.lied, "the changed blocks since the base cannot be trusted"
 		if q.Progress != nil {
 			q.Progress.Total.Store(0)
 			q.Progress.Done.Store(0)
 		}
 		made, err = run(ctx, q, p, started, &report)
+	}
+	if fault.KindOf(err) == fault.Corrupt { // what was done may be what is wrong
+		err = errors.Join(err, q.Repository.GiveUp(context.WithoutCancel(ctx), p.ID))
 	}
 	if err != nil {
 		return Report{}, fmt.Errorf("backing up %s: %w", p.Snapshot.ID, err)
@@ -122,14 +154,8 @@ func Run(ctx context.Context, q Request) (_ Report, err error) {
 	return report, nil
 }
 
-// distrustError says that what a backend called unchanged had changed.
-type distrustError struct{ why string }
-
-func (e *distrustError) Error() string {
-	return "the changed blocks since the base are worth nothing: " + e.why
-}
-
-// run makes the backup as planned. It fails with a distrustError when the base turns out to be worth nothing.
+// run makes the backup as planned. It fails with a distrustError when what the backend says turns out to be worth
+// nothing.
 func run(ctx context.Context, q Request, p Plan, started time.Time, report *Report) (made repository.Backup, err error) {
 	if p.Snapshot.Form == adapters.TreeForm {
 		return runTree(ctx, q, p, started, report)
@@ -152,6 +178,11 @@ func run(ctx context.Context, q Request, p Plan, started time.Time, report *Repo
 			return made, baseFault(ctx, err)
 		}
 	}
+	known, err := loadAudited(ctx, q.Repository, p.Snapshot.ID.Volume)
+	if err != nil {
+		return made, err
+	}
+	known.resize(p.Snapshot.Size, p.Snapshot.Created)
 	w, err := q.Repository.NewWriter(ctx)
 	if err != nil {
 		return made, err
@@ -166,6 +197,7 @@ func run(ctx context.Context, q Request, p Plan, started time.Time, report *Repo
 		b.Base, b.BaseImage = p.Base.ID, p.Base.Image
 	}
 	l := newLine(q, source, base, w)
+	l.coverage, l.instant = known.Coverage, p.Snapshot.Created
 	l.keeper = keeper{pace: q.Pace, keep: func(ctx context.Context, done repository.Part, data int64) error {
 		at := b
 		at.Data = data
@@ -186,6 +218,9 @@ func run(ctx context.Context, q Request, p Plan, started time.Time, report *Repo
 		return made, err
 	}
 	image, err := l.run(ctx, extents)
+	if err == nil {
+		err = sameSnapshots(ctx, q.Adapter, p)
+	}
 	report.BytesRead += l.read.Load()
 	report.BytesAudited += l.audited.Load()
 	report.BytesNew += l.fresh.Load()
@@ -193,15 +228,44 @@ func run(ctx context.Context, q Request, p Plan, started time.Time, report *Repo
 		return made, err
 	}
 	b.Image, b.Data, b.Finished = image, l.data, time.Now()
-	made, err = w.Commit(ctx, b, l.sample())
+	made, err = w.Commit(ctx, b, l.check)
 	report.BytesStored += w.Stored()
-	return made, err
+	report.BytesChecked += l.checked.Load()
+	if err != nil {
+		return made, err
+	}
+	report.Warnings = append(report.Warnings, l.remember(ctx, p, made.Image == image)...)
+	return made, nil
+}
+
+// remember notes what was looked at, and says what is odd about what was listed. The backup is there; what fails here is
+// no reason to say that it is not.
+func (l *line) remember(ctx context.Context, p Plan, ours bool) (warnings []string) {
+	facts := p.facts
+	facts.Listed = l.listed
+	for _, f := range audit.Judge(facts) {
+		if w := f.String(); p.Base != nil && !slices.Contains(p.Warnings, w) {
+			warnings = append(warnings, w)
+		}
+	}
+	if !ours {
+		return warnings
+	}
+	_, err := putAudited(ctx, l.r, p.Snapshot, func(mark func(cbt.Extent)) {
+		for from, to := range l.seen.runs((l.size + l.chunk - 1) / l.chunk) {
+			mark(cbt.Extent{Offset: from * l.chunk, Length: (to - from) * l.chunk})
+		}
+	}, time.Time{})
+	if err != nil {
+		warnings = append(warnings, fmt.Sprintf("the backup is complete, but what was compared for it could not be noted, and will be compared again: %v", err))
+	}
+	return warnings
 }
 
 // baseFault makes a damaged base a reason for a full backup.
 func baseFault(ctx context.Context, err error) error {
 	if ctx.Err() == nil && fault.KindOf(err) == fault.Corrupt {
-		return &distrustError{"the base in the repository is damaged: " + err.Error()}
+		return &distrustError{why: "the base in the repository is damaged: " + err.Error()}
 	}
 	return err
 }
@@ -212,7 +276,7 @@ func changes(ctx context.Context, a adapters.Adapter, p Plan, chunk int64) (cbt.
 	size := p.Snapshot.Size
 	differ, ok := adapters.As[adapters.Differ](a)
 	if p.Base == nil {
-		if !ok {
+		if !ok || p.Whole {
 			return cbt.Align(whole(size), chunk, size), nil
 		}
 		d, err := differ.Allocated(ctx, p.Snapshot.ID, 0)
@@ -225,12 +289,12 @@ func changes(ctx context.Context, a adapters.Adapter, p Plan, chunk int64) (cbt.
 	}
 	d, err := differ.Changed(ctx, p.Base.Snapshot, p.Snapshot.ID, 0)
 	if k := fault.KindOf(err); k == fault.Unsupported || k == fault.NotFound || k == fault.Corrupt {
-		return nil, &distrustError{err.Error()}
+		return nil, &distrustError{why: err.Error()}
 	} else if err != nil {
 		return nil, err
 	}
 	if d.BaseSize != p.Base.Size || d.TargetSize != size {
-		return nil, &distrustError{fmt.Sprintf("they are from %d to %d bytes, the volume went from %d to %d", d.BaseSize, d.TargetSize, p.Base.Size, size)}
+		return nil, &distrustError{why: fmt.Sprintf("they are from %d to %d bytes, the volume went from %d to %d", d.BaseSize, d.TargetSize, p.Base.Size, size)}
 	}
 	return cbt.Align(cbt.Merge(cbt.Check(d.Extents, 0, size), resized(p.Base.Size, size, chunk)), chunk, size), nil
 }

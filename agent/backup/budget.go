@@ -21,13 +21,11 @@ type Budget struct {
 // DefaultMemory is the memory that a Budget gives by default, in bytes.
 const DefaultMemory = 192 << 20
 
-// What kopia takes for each worker beside its buffer, by measurements of resident memory: to store, a pack of 20 MiB being
-// written and some copies of a chunk; to read, its pooled buffers of 8 MiB and more copies, which the collector has not
-// got to. And for each volume beyond the first, the packs that are being filled.
+// What kopia takes beside the buffers, by measurements of resident memory: to store, for each worker, a pack of 20 MiB being
+// written and some copies of a chunk; for each volume beyond the first, the packs that are being filled.
 const volumeMemory = 40 << 20
 
 func storeMemory(chunk int64) int64 { return 22<<20 + 3*chunk }
-func readMemory(chunk int64) int64  { return 36<<20 + 4*chunk }
 
 // workers is how many to start when each needs this much memory.
 func (b Budget) workers(each int64) int {
@@ -54,11 +52,21 @@ func StorePool(b Budget, r *repository.Repository) *Pool {
 	return newPool(b, size, size+storeMemory(r.ChunkSize()))
 }
 
-// readPool is for reading chunks of a size back.
-func readPool(b Budget, chunk int64) *Pool {
-	size := max(chunk, 1<<20)
-	return newPool(b, size, size+readMemory(chunk))
+// readPool is for restoring from a repository: for each worker a window of some chunks, what is read of their packs, and
+// what it takes to unpack them.
+func readPool(b Budget, r *repository.Repository) *Pool {
+	const window = 4 << 20
+	size := max(r.ChunkSize(), window)
+	b.Workers = cmp.Or(b.Workers, readers)
+	return newPool(b, size, size+r.ReadBuffer()+checkMemory(r.ChunkSize()))
 }
+
+// readers is how many read a repository at once if the memory allows: more than processors need, for what is far away
+// answers late.
+const readers = 16
+
+// copyPool is for copying snapshots.
+func copyPool(b Budget) *Pool { return newPool(b, 1<<20, 1<<20) }
 
 func newPool(b Budget, size, each int64) *Pool {
 	p := &Pool{buffers: make(chan buffer, b.workers(each)), size: size}

@@ -12,7 +12,7 @@ import (
 // has passed as makes the last one's duration a small share. And none is older than half an hour while something was
 // done, so that kopia's maintenance, whose cycles are hours apart, always finds one. A zero field means its default.
 type Pace struct {
-	Bytes int64         // DefaultPaceBytes, or a sixteenth of what was read so far where that is more
+	Bytes int64         // by default DefaultPaceBytes, or a sixteenth of what was read so far where that is more
 	Time  time.Duration // by default a second, or twenty times the last checkpoint's duration where that is more
 }
 
@@ -30,7 +30,7 @@ func (p Pace) due(read, last int64, since, cost time.Duration) bool {
 }
 
 // stride is how much is read from one checkpoint to the next at the least.
-func (p Pace) stride(last int64) int64 { return max(cmp.Or(p.Bytes, DefaultPaceBytes), last/16) }
+func (p Pace) stride(last int64) int64 { return cmp.Or(p.Bytes, max(DefaultPaceBytes, last/16)) }
 
 // keeper takes a backup's checkpoints, one at a time and in the background of the line; the line waits only when it is far
 // ahead of the one that is being taken.

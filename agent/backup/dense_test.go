@@ -13,6 +13,7 @@ import (
 	"stillpoint.io/stillpoint/adapters"
 	"stillpoint.io/stillpoint/adapters/mem"
 	"stillpoint.io/stillpoint/agent/repository"
+	"stillpoint.io/stillpoint/cbt/audit"
 )
 
 // The dense volume has 16 TiB of data without a hole. Its content repeats after a GiB, so that its base can be made of
@@ -70,7 +71,7 @@ func denseBase(ctx context.Context, r *repository.Repository, a counted, store *
 	_, err = w.Commit(ctx, repository.Backup{
 		ID: "base", Volume: first.ID.Volume, Snapshot: first.ID, Kind: repository.Full, Size: first.Size, ChunkSize: r.ChunkSize(), Data: first.Size,
 		Created: first.Created, Started: time.Now(), Finished: time.Now(), Image: top,
-	}, nil)
+	}, func(context.Context, *repository.Image) error { return nil })
 	return err
 }
 
@@ -146,7 +147,7 @@ func TestDense(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Logf("incremental of %d MiB on 16 TiB: %.2f s, peak %d MiB", got.BytesRead>>20, got.Seconds, got.Peak>>20)
-	if got.Kind != repository.Incremental || got.BytesRead != denseWrites<<20 || got.BytesAudited > auditFloor+int64(len(superblocks)+1)<<20 {
+	if got.Kind != repository.Incremental || got.BytesRead != denseWrites<<20 || got.BytesAudited > audit.Floor+int64(len(audit.Superblocks)+1)<<20 {
 		t.Errorf("%+v", got)
 	}
 	if got.Peak > memoryMax && !raceDetector {

@@ -5,6 +5,7 @@ import (
 
 	"stillpoint.io/stillpoint/agent/repository"
 	"stillpoint.io/stillpoint/cbt"
+	"stillpoint.io/stillpoint/cbt/audit"
 	"stillpoint.io/stillpoint/fault"
 )
 
@@ -65,19 +66,21 @@ func (f *feeder) feed(extents cbt.Seq) error {
 // distrust turns a broken list of changes into a full backup.
 func (f *feeder) distrust(err error) error {
 	if f.base != nil && f.ctx.Err() == nil && fault.KindOf(err) == fault.Corrupt {
-		return &distrustError{err.Error()}
+		return &distrustError{why: err.Error()}
 	}
 	return err
 }
 
-// mark remembers what the delta touches.
+// mark remembers what is listed, and what of it will be read.
 func (f *feeder) mark(e cbt.Extent) {
-	if f.base == nil {
-		return
+	first, end := e.Offset/f.chunk, (e.End()+f.chunk-1)/f.chunk
+	f.changed.set(first, end)
+	if !e.Zero { // what an interrupted run had done was read by it, or not: who knows what it was told
+		f.seen.set(max(first, f.start()/f.chunk), end)
 	}
-	f.touched += e.Length
-	for c := e.Offset / f.chunk; c*f.chunk < e.End(); c++ {
-		f.changed[c/64] |= 1 << (c % 64)
+	if f.base != nil {
+		f.touched += e.Length
+		f.listed += audit.ListedOf(e, f.base.Size())
 	}
 }
 

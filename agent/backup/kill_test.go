@@ -94,7 +94,7 @@ func killedChild() error {
 func TestKilled(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, killChunk, killSize)
-	const runs = 10
+	runs := kills(20)
 	rng := rand.New(rand.NewPCG(uint64(time.Now().UnixNano()), 0))
 	full, incremental := 0, 0
 	// The first run is killed after its third backup, and says how long that takes here; the others any time until then.

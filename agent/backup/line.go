@@ -8,12 +8,14 @@ import (
 	"math/rand/v2"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
 	"stillpoint.io/stillpoint/adapters"
 	"stillpoint.io/stillpoint/agent/repository"
 	"stillpoint.io/stillpoint/cbt"
+	"stillpoint.io/stillpoint/cbt/audit"
 	"stillpoint.io/stillpoint/fault"
 )
 
@@ -42,15 +44,22 @@ type line struct {
 	read, audited, fresh atomic.Int64
 	data                 int64 // in chunks that are not all zero
 
-	changed []uint64 // a bit for each chunk that the delta touches, of an incremental
-	touched int64    // bytes of those
+	changed bits  // chunks that the backend listed, as data or zero
+	seen    bits  // chunks that were read from the snapshot
+	touched int64 // bytes listed, of an incremental
+	listed  int64 // and of those, bytes that the base has too
+
+	rng      *rand.Rand // of the audit and the check; the feeder's, then the check's
+	coverage *audit.Coverage
+	instant  time.Time // of the snapshot
+	checked  atomic.Int64
 
 	mu      sync.Mutex
 	samples [sampleSize]int64 // offsets of chunks stored, a random choice
 	stored  int
 }
 
-// sampleSize is how many chunks are read back before a backup is committed.
+// sampleSize is how many of the stored chunks are read back before a backup is committed.
 const sampleSize = 8
 
 // job is a piece of work: chunks to read and store, a base's chunk list to get, or a chunk to audit.
@@ -85,8 +94,9 @@ func newLine(q Request, source adapters.Image, base *repository.Image, w *reposi
 	if l.progress == nil {
 		l.progress = new(Progress)
 	}
+	chunks := (l.size + l.chunk - 1) / l.chunk
+	l.changed, l.seen, l.rng = newBits(chunks), newBits(chunks), newRand(q.chance)
 	if base != nil {
-		l.changed = make([]uint64, (l.size/l.chunk)/64+1)
 		l.data = base.Data()
 	}
 	l.jobs, l.pieces = make(chan job, l.pool.workers()), make(chan piece, 2*l.pool.workers())

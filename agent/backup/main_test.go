@@ -8,13 +8,24 @@ import (
 
 // children are what this test program does when a test starts it again, by the value of childVariable.
 var children = map[string]func() error{
-	"kill":   killedChild,
-	"sparse": sparseChild,
-	"dense":  denseChild,
-	"resume": resumedChild,
+	"kill":    killedChild,
+	"sparse":  sparseChild,
+	"dense":   denseChild,
+	"restore": restoringChild,
+	"resume":  resumedChild,
+	"repair":  repairChild,
 
 	"kill-tree": killedTreeChild,
 	"wide":      wideChild,
+}
+
+// kills is how often a test kills: as often as it is made for, or as STILLPOINT_KILLS says, which `make soak` sets.
+func kills(otherwise int) int {
+	n := otherwise
+	if _, err := fmt.Sscan(os.Getenv("STILLPOINT_KILLS"), &n); err != nil {
+		return otherwise
+	}
+	return n
 }
 
 // testDir is for what tests share.
@@ -23,7 +34,12 @@ var testDir string
 const childVariable = "STILLPOINT_BACKUP_TEST_CHILD"
 
 func TestMain(m *testing.M) {
-	if run, ok := children[os.Getenv(childVariable)]; ok {
+	if name, ok := os.LookupEnv(childVariable); ok {
+		run, ok := children[name]
+		if !ok { // to run the tests in it would be a child with children
+			fmt.Fprintf(os.Stderr, "no child does %q\n", name)
+			os.Exit(1)
+		}
 		if err := run(); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)

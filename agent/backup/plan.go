@@ -9,6 +9,7 @@ import (
 
 	"stillpoint.io/stillpoint/adapters"
 	"stillpoint.io/stillpoint/agent/repository"
+	"stillpoint.io/stillpoint/cbt/audit"
 	"stillpoint.io/stillpoint/fault"
 )
 
@@ -20,11 +21,14 @@ type Plan struct {
 	Base     *repository.Backup // of an incremental
 	Reason   string
 	Existing *repository.Backup // the backup is there already: nothing to do
+	Whole    bool               // of a full backup: every byte is read, whatever the backend says is empty
+	Warnings []string
 
 	Unfinished *repository.Checkpoint // what an interrupted run of this backup left
 	Resume     *repository.Checkpoint // the same, if it is worth continuing
 
-	Walk bool // of a tree: look at everything that the backend calls unchanged, too
+	Walk  bool        // of a tree: look at everything that the backend calls unchanged, too
+	facts audit.Facts // what the backend was judged by
 }
 
 // String is the plan in a sentence.
@@ -40,6 +44,9 @@ type Facts struct {
 	ID         string // of the backup, empty to derive it
 	Snapshot   adapters.Snapshot
 	Full       bool                   // a full backup is wanted
+	Whole      bool                   // one that reads every byte
+	Distrust   string                 // why the backend's changed blocks are not to be used
+	Source     audit.Source           // who lists changed blocks
 	Differs    bool                   // the backend can compare snapshots
 	ChunkSize  int64                  // of the repository, bytes
 	Existing   *repository.Backup     // what bears ID already
@@ -48,8 +55,9 @@ type Facts struct {
 	Snapshots  []adapters.Snapshot    // of the volume, verified, in the backend
 }
 
-// MakePlan decides. The base is the newest backup of the volume, in chunks of the same size, whose snapshot is still
-// in the backend: the same one, not another that was given its name later.
+// MakePlan decides. The base is the newest backup of the volume, in chunks of the same size and not suspect, whose
+// snapshot is still in the backend: the same one, not another that was given its name later. What is known of the faults
+// of whoever lists changed blocks may make it a full backup all the same.
 func MakePlan(f Facts) (Plan, error) {
 	s := f.Snapshot
 	switch {
@@ -65,15 +73,21 @@ func MakePlan(f Facts) (Plan, error) {
 		if !isOf(*e, s) {
 			return Plan{}, fault.Errorf(fault.Invalid, "backup id %s: already that of %s from %s; choose another", e.ID, e.Snapshot, e.Created.Format(time.RFC3339))
 		}
+		if e.Suspect != "" {
+			return Plan{}, fault.Errorf(fault.Corrupt, "backup %s: it is there and suspect, %s; back the snapshot up under another id", e.Handle, e.Suspect)
+		}
 		p.Kind, p.Existing, p.Reason = e.Kind, e, "it is backed up as "+e.Handle.String()
 		return p, nil
 	}
+	p.facts = audit.Facts{Source: f.Source, TargetSize: s.Size, Smallest: s.Size, Largest: s.Size}
+	p.judge()
+	p.Whole = p.Whole || f.Whole
 	p.Unfinished = f.Unfinished
 	if f.resume(&p) {
 		return p, nil
 	}
 	switch {
-	case f.Full:
+	case f.Full || f.Whole:
 		p.Reason = "asked for"
 		return p, nil
 	case !f.Differs:
@@ -81,6 +95,9 @@ func MakePlan(f Facts) (Plan, error) {
 		return p, nil
 	case len(f.Backups) == 0:
 		p.Reason = "the first of this volume"
+		return p, nil
+	case f.Distrust != "":
+		p.Reason = f.Distrust
 		return p, nil
 	}
 	for i, b := range f.Backups {
@@ -99,7 +116,27 @@ func MakePlan(f Facts) (Plan, error) {
 	if p.Walk = p.Base.Form == adapters.TreeForm && p.Base.Believed+1 >= walkEvery; p.Walk {
 		p.Reason += ", looking at every file"
 	}
+	f.judgeBase(&p)
 	return p, nil
+}
+
+// judge lets the quirk table have its say.
+func (p *Plan) judge() {
+	if p.Snapshot.Form == adapters.TreeForm {
+		return // it is about blocks
+	}
+	for _, f := range audit.Judge(p.facts) {
+		switch f.Verdict {
+		case audit.Whole, audit.Full:
+			if p.Base == nil {
+				p.Warnings = append(p.Warnings, f.String()+"; every byte is read")
+			}
+			p.Kind, p.Base, p.Whole, p.Reason = repository.Full, nil, p.Whole || f.Verdict == audit.Whole, f.String()
+			return
+		case audit.Warn:
+			p.Warnings = append(p.Warnings, f.String())
+		}
+	}
 }
 
 // canBeBase says that the backup's snapshot is still in the backend, as it was.
@@ -113,18 +150,37 @@ func (f Facts) canBeBase(b repository.Backup) bool {
 	return isOf(b, at) && sized && at.Form == b.Form && at.State == adapters.Ready && at.Mark == adapters.Verified && b.ChunkSize == f.ChunkSize && b.Suspect == ""
 }
 
-// resume plans to continue an interrupted run, if that was of the same snapshot and the same base is still one.
+// judgeBase lets it speak about the comparison with the base.
+func (f Facts) judgeBase(p *Plan) {
+	p.facts.BaseSize = p.Base.Size
+	p.facts.Quiet = p.Base.Consistency == adapters.FilesystemConsistent && f.Snapshot.Notes.Consistency == adapters.FilesystemConsistent
+	for _, b := range f.Backups {
+		p.facts.Smallest = min(p.facts.Smallest, b.Size)
+		if !b.Created.Before(p.Base.Created) {
+			p.facts.Largest = max(p.facts.Largest, b.Size)
+		}
+	}
+	p.judge()
+}
+
+// resume plans to continue an interrupted run, if that was of the same snapshot and the same base is still one, and if
+// what it was told by the backend may still be believed.
 func (f Facts) resume(p *Plan) bool {
 	c := f.Unfinished
-	if c == nil || !isOf(c.Backup, f.Snapshot) || c.Size != f.Snapshot.Size || c.ChunkSize != f.ChunkSize || f.Full && c.Kind != repository.Full {
+	if c == nil || !isOf(c.Backup, f.Snapshot) || c.Size != f.Snapshot.Size || c.ChunkSize != f.ChunkSize || f.Full && c.Kind != repository.Full || p.Whole {
 		return false
 	}
 	if c.Kind == repository.Incremental {
 		i := slices.IndexFunc(f.Backups, func(b repository.Backup) bool { return b.ID == c.Base && b.Image == c.BaseImage })
-		if !f.Differs || i < 0 || !f.canBeBase(f.Backups[i]) {
+		if !f.Differs || f.Distrust != "" || i < 0 || !f.canBeBase(f.Backups[i]) {
 			return false
 		}
-		p.Base = &f.Backups[i]
+		judged := *p
+		judged.Base = &f.Backups[i]
+		if f.judgeBase(&judged); judged.Base == nil {
+			return false
+		}
+		*p = judged
 	}
 	p.Kind, p.Resume, p.Reason = c.Kind, c, fmt.Sprintf("continues an interrupted one at %d of %d bytes", c.Done, c.Size)
 	return true
@@ -135,7 +191,8 @@ func isOf(b repository.Backup, s adapters.Snapshot) bool {
 	return b.Snapshot == s.ID && b.Created.Equal(s.Created)
 }
 
-// DefaultID is the id of a backup of s when nobody chose one.
+// DefaultID is the id of a backup of s when nobody chose one. When a backup of that id is suspect, Prepare derives
+// another from it.
 func DefaultID(s adapters.Snapshot) string {
 	return adapters.ShortName(s.ID.Full() + " " + s.Created.UTC().Format(time.RFC3339Nano))
 }
@@ -156,7 +213,10 @@ func Prepare(ctx context.Context, q Request) (Plan, error) {
 	if err != nil {
 		return Plan{}, err
 	}
-	f := Facts{ID: q.ID, Snapshot: s, Full: q.Full, ChunkSize: q.Repository.ChunkSize()}
+	f := Facts{
+		ID: q.ID, Snapshot: s, Full: q.Full, Whole: q.Whole, Distrust: q.Distrust,
+		Source: q.Adapter.Capabilities().Source, ChunkSize: q.Repository.ChunkSize(),
+	}
 	if f.ID != "" {
 		if err := repository.CheckID(f.ID); err != nil {
 			return Plan{}, err
@@ -166,21 +226,26 @@ func Prepare(ctx context.Context, q Request) (Plan, error) {
 	if err != nil {
 		return Plan{}, err
 	}
-	id := cmp.Or(f.ID, DefaultID(s))
+	byID := map[string]*repository.Backup{}
 	for i, b := range all {
-		if b.ID == id {
-			f.Existing = &all[i]
-		}
+		byID[b.ID] = &all[i]
 		if b.Volume == s.ID.Volume {
 			f.Backups = append(f.Backups, b)
 		}
 	}
+	if f.ID == "" {
+		f.ID = DefaultID(s)
+		for b := byID[f.ID]; b != nil && b.Suspect != ""; b = byID[f.ID] {
+			f.ID = adapters.ShortName(f.ID + " again")
+		}
+	}
+	f.Existing = byID[f.ID]
 	unfinished, err := q.Repository.Checkpoints(ctx, repository.Filter{Volume: s.ID.Volume})
 	if err != nil {
 		return Plan{}, err
 	}
 	for i, c := range unfinished {
-		if c.ID == id {
+		if c.ID == f.ID {
 			f.Unfinished = &unfinished[i]
 		}
 	}

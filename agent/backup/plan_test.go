@@ -7,6 +7,7 @@ import (
 
 	"stillpoint.io/stillpoint/adapters"
 	"stillpoint.io/stillpoint/agent/repository"
+	"stillpoint.io/stillpoint/cbt/audit"
 	"stillpoint.io/stillpoint/fault"
 )
 
@@ -48,6 +49,24 @@ func TestMakePlan(t *testing.T) {
 		{name: "snapshot not ready", change: func(f *Facts) { f.Snapshots[1].State = adapters.Failed }, base: "b1"},
 		{name: "snapshot not verified", change: func(f *Facts) { f.Snapshots[1].Mark = adapters.Cutting }, base: "b1"},
 		{name: "other chunks", change: func(f *Facts) { f.Backups[0].ChunkSize *= 2 }, base: "b1"},
+		{name: "suspect", change: func(f *Facts) { f.Backups[0].Suspect = "wrong" }, base: "b1"},
+		{name: "all suspect", change: func(f *Facts) { f.Backups[0].Suspect, f.Backups[1].Suspect = "wrong", "too" }, reason: "no backup of this volume"},
+		{name: "a canary failed", change: func(f *Facts) { f.Distrust = "the canary did not sing" }, reason: "the canary did not sing"},
+		{name: "everything is asked for", change: func(f *Facts) { f.Whole = true }, reason: "asked for"},
+		{name: "a known fault", change: func(f *Facts) { f.Source = audit.Source{Name: audit.RBDFastDiff, Version: "17.2.0"} }, reason: "issues/61616"},
+		{name: "a known fault, frozen", change: func(f *Facts) {
+			f.Source = audit.Source{Name: audit.RBDFastDiff, Version: "17.2.0"}
+			f.Backups[0].Consistency, f.Snapshot.Notes.Consistency = adapters.FilesystemConsistent, adapters.FilesystemConsistent
+		}, base: "b2"},
+		{name: "shrunk in between", change: func(f *Facts) {
+			f.Source = audit.Source{Name: audit.RBDFastDiff, Version: "19.2.0"}
+			f.Backups = append(f.Backups, backup("b3", "gone", 3))
+			f.Backups[2].Size = 200
+		}, reason: "shrink"},
+		{name: "of another size long before", change: func(f *Facts) {
+			f.Source = audit.Source{Name: audit.RBDFastDiff, Version: "19.2.0"}
+			f.Backups[1].Size = 200
+		}, base: "b2"},
 		{name: "the base is younger", change: func(f *Facts) { f.Snapshot = snapshot("a", 1) }, base: "b2"},
 		{name: "target not verified", change: func(f *Facts) { f.Snapshot.Mark = adapters.Cutting }, fault: fault.Invalid},
 		{name: "target pending", change: func(f *Facts) { f.Snapshot.State = adapters.Pending }, fault: fault.Busy},
@@ -80,8 +99,51 @@ func TestMakePlan(t *testing.T) {
 		}
 	}
 
+	// What is done beside: a fault that reaches the allocated blocks too, and warnings.
 	f := good()
+	f.Source = audit.Source{Name: audit.VMwareCBT, Version: "6.0.0.1"}
+	if p, err := MakePlan(f); err != nil || !p.Whole || p.Base != nil {
+		t.Errorf("%+v, %v", p, err)
+	}
+	f.Backups = nil
+	if p, err := MakePlan(f); err != nil || !p.Whole || len(p.Warnings) != 1 || p.Reason != "the first of this volume" {
+		t.Errorf("%+v, %v", p, err)
+	}
+	f = good()
+	f.Source = audit.Source{Name: "bitmap", Tracked: true}
+	if p, err := MakePlan(f); err != nil || p.Base == nil || len(p.Warnings) != 1 || !strings.Contains(p.Warnings[0], "not known") {
+		t.Errorf("%+v, %v", p, err)
+	}
+	// An interrupted incremental is not continued when what it was told is not to be believed any more.
+	f = good()
+	unfinished := repository.Checkpoint{Backup: backup("new", "c", 3), Done: 50}
+	unfinished.Kind, unfinished.Base, unfinished.Snapshot = repository.Incremental, "b2", f.Snapshot.ID
+	f.Unfinished = &unfinished
+	if p, err := MakePlan(f); err != nil || p.Resume == nil || p.Base == nil {
+		t.Errorf("%+v, %v", p, err)
+	}
+	for what, change := range map[string]func(*Facts){
+		"the canary":         func(f *Facts) { f.Distrust = "the canary did not sing" },
+		"the quirk table":    func(f *Facts) { f.Source = audit.Source{Name: audit.RBDFastDiff, Version: "17.2.0"} },
+		"whoever reads all":  func(f *Facts) { f.Whole = true },
+		"the allocated ones": func(f *Facts) { f.Source = audit.Source{Name: audit.VMwareCBT, Version: "6.0.0.1"} },
+	} {
+		g := f
+		change(&g)
+		if p, err := MakePlan(g); err != nil || p.Resume != nil || p.Base != nil || p.Kind != repository.Full {
+			t.Errorf("continued against %s: %+v, %v", what, p, err)
+		}
+	}
 	b := backup("new", "c", 3)
+	b.Suspect = "wrong"
+	f = good()
+	f.Existing = &b
+	if p, err := MakePlan(f); fault.KindOf(err) != fault.Corrupt {
+		t.Errorf("there already and suspect: %+v, %v", p, err)
+	}
+
+	f = good()
+	b = backup("new", "c", 3)
 	f.Existing = &b
 	if p, err := MakePlan(f); err != nil || p.Existing == nil || !strings.Contains(p.String(), "nothing to do") {
 		t.Errorf("there already: %s, %v", p, err)

@@ -5,10 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"sync/atomic"
 	"time"
-
-	"golang.org/x/sync/errgroup"
 
 	"stillpoint.io/stillpoint/adapters"
 	"stillpoint.io/stillpoint/agent/repository"
@@ -43,6 +40,7 @@ type RestoreRequest struct {
 	Only      string // of a tree: the path in it to restore, instead of all of it
 	Size      int64  // bytes; 0: the source's, or the existing volume's. What is beyond the source reads as zeros
 	Overwrite bool   // write over an existing volume
+	Suspect   bool   // restore a backup even if it is suspect
 	GiveUp    bool   // remove what an interrupted restore of this source left, and make nothing
 	Budget    Budget
 	Progress  *Progress // may be nil
@@ -62,8 +60,8 @@ type RestoreReport struct {
 }
 
 // Restore makes the source into a volume, or writes it over one. Invalid: the volume would be smaller than the source.
-// Corrupt: something in the repository is not what it must be; a new volume is then not made, an overwritten one is
-// overwritten in part.
+// Corrupt: the backup is suspect, or something in the repository is not what it must be; a new volume is then not made,
+// an overwritten one is overwritten in part.
 //
 // A restore that was interrupted keeps what it wrote; the same restore again continues it. From a backup, whatever the
 // target holds already is compared with the backup's digests and neither read from the repository nor written again;
@@ -85,7 +83,12 @@ func Restore(ctx context.Context, q RestoreRequest) (RestoreReport, error) {
 	if err != nil {
 		return RestoreReport{}, err
 	}
-	report, err := restore(ctx, q, from)
+	var report RestoreReport
+	if from.suspect != "" && !q.Suspect && !q.GiveUp {
+		err = fault.Errorf(fault.Corrupt, "the backup is suspect: %s; restore another, or insist on this one (--suspect)", from.suspect)
+	} else {
+		report, err = restore(ctx, q, from)
+	}
 	if err = errors.Join(err, from.image.Close()); err != nil {
 		return RestoreReport{}, fmt.Errorf("restoring %s to %s: %w", from.handle, q.Volume, err)
 	}
@@ -99,7 +102,8 @@ type opened struct {
 	extents cbt.Seq // all of it, data and zero, without a gap
 	handle  string
 	token   string // the same for the same content
-	chunk   int64  // what reads should be whole multiples of
+	pool    func(Budget) *Pool
+	suspect string // why it may be wrong, of a backup that is suspect
 }
 
 func (s Source) open(ctx context.Context) (opened, error) {
@@ -112,7 +116,7 @@ func (s Source) open(ctx context.Context) (opened, error) {
 		if err != nil {
 			return opened{}, fmt.Errorf("backup %s: %w", b.Handle, err)
 		}
-		return opened{image, image.Extents(ctx), b.Handle.String(), b.Handle.String() + " " + b.Image.String(), s.repository.ChunkSize()}, nil
+		return opened{image, image.Extents(ctx), b.Handle.String(), b.Handle.String() + " " + b.Image.String(), func(b Budget) *Pool { return readPool(b, s.repository) }, b.Suspect}, nil
 	}
 	found, err := s.adapter.Snapshot(ctx, s.snapshot)
 	if err != nil {
@@ -126,13 +130,12 @@ func (s Source) open(ctx context.Context) (opened, error) {
 	if err != nil {
 		return opened{}, err
 	}
-	const chunk = 1 << 20
 	extents, err := changes(ctx, s.adapter, Plan{Snapshot: found}, adapters.ImageAlign)
 	if err != nil {
 		return opened{}, errors.Join(err, image.Close())
 	}
 	handle := found.ID.String()
-	return opened{image, extents, handle, found.ID.Full() + found.Created.String(), chunk}, nil
+	return opened{image, extents, handle, found.ID.Full() + found.Created.String(), copyPool, ""}, nil
 }
 
 func restore(ctx context.Context, q RestoreRequest, from opened) (RestoreReport, error) {
@@ -161,14 +164,8 @@ func restore(ctx context.Context, q RestoreRequest, from opened) (RestoreReport,
 	if q.GiveUp {
 		return RestoreReport{Source: from.handle, Volume: q.Volume.String(), Size: spec.Size}, target.Abort(ctx)
 	}
-	f := &filler{from: from, to: target, progress: q.Progress, pool: readPool(q.Budget, from.chunk)}
+	f := newFiller(q, from, target)
 	defer f.pool.Close()
-	if f.progress == nil {
-		f.progress = new(Progress)
-	}
-	if !target.Fresh() {
-		f.digests, _ = from.image.(*repository.Image)
-	}
 	if err := f.run(ctx, spec.Size); fault.KindOf(err) == fault.Corrupt {
 		return RestoreReport{}, errors.Join(err, target.Abort(context.WithoutCancel(ctx)))
 	} else if err != nil {
@@ -182,115 +179,4 @@ func restore(ctx context.Context, q RestoreRequest, from opened) (RestoreReport,
 		Source: from.handle, Volume: v.ID.String(), Path: v.Path, Size: v.Size,
 		BytesWritten: f.written.Load(), BytesFound: f.found.Load(), BytesZeroed: f.zeroed.Load(),
 	}, nil
-}
-
-// filler writes a source into a target.
-type filler struct {
-	from     opened
-	to       adapters.Target
-	progress *Progress
-	pool     *Pool
-	digests  *repository.Image // what the target may hold already; nil: nothing
-
-	written, found, zeroed atomic.Int64
-}
-
-// run copies all of the source and zeroes the rest up to size.
-func (f *filler) run(ctx context.Context, size int64) error {
-	g, ctx := errgroup.WithContext(ctx)
-	jobs := make(chan cbt.Extent, f.pool.workers())
-	g.Go(func() error {
-		defer close(jobs)
-		for e, err := range f.from.extents {
-			if err != nil {
-				return err
-			}
-			if err := f.feed(ctx, jobs, e); err != nil {
-				return err
-			}
-		}
-		if rest := size - f.from.image.Size(); rest > 0 {
-			return f.feed(ctx, jobs, cbt.Extent{Offset: f.from.image.Size(), Length: rest, Zero: true})
-		}
-		return nil
-	})
-	for range f.pool.workers() {
-		g.Go(func() error {
-			b, err := f.pool.take(ctx)
-			if err != nil {
-				return err
-			}
-			defer f.pool.give(b)
-			for e := range jobs {
-				if err := f.work(ctx, e, b.p); err != nil {
-					return err
-				}
-			}
-			return nil
-		})
-	}
-	return g.Wait()
-}
-
-// feed cuts an extent into jobs that end on multiples of the buffer. Zeros go in larger pieces.
-func (f *filler) feed(ctx context.Context, jobs chan<- cbt.Extent, e cbt.Extent) error {
-	unit := f.pool.size
-	if e.Zero {
-		if f.to.ReadsZero() {
-			return nil
-		}
-		unit = 1 << 30
-	}
-	f.progress.Total.Add(e.Length)
-	for e.Length > 0 {
-		part := min(e.Length, unit-e.Offset%unit)
-		select {
-		case jobs <- cbt.Extent{Offset: e.Offset, Length: part, Zero: e.Zero}:
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-		e.Offset, e.Length = e.Offset+part, e.Length-part
-	}
-	return nil
-}
-
-func (f *filler) work(ctx context.Context, e cbt.Extent, p []byte) error {
-	defer f.progress.Done.Add(e.Length)
-	if !e.Zero {
-		if found, err := f.there(ctx, e, p); found || err != nil {
-			return err
-		}
-		if err := f.pool.throttle(ctx, e.Length); err != nil {
-			return err
-		}
-		if err := readFull(ctx, f.from.image, p, e.Offset, e.Length); err != nil {
-			return err
-		}
-		if !repository.IsZero(p[:e.Length]) {
-			f.written.Add(e.Length)
-			return f.to.WriteAt(ctx, p[:e.Length], e.Offset)
-		}
-		if f.to.ReadsZero() {
-			return nil
-		}
-	}
-	f.zeroed.Add(e.Length)
-	return f.to.Zero(ctx, e.Offset, e.Length)
-}
-
-// there says that the target holds an extent of whole chunks already.
-func (f *filler) there(ctx context.Context, e cbt.Extent, p []byte) (bool, error) {
-	if f.digests == nil {
-		return false, nil
-	}
-	if err := f.to.ReadAt(ctx, p[:e.Length], e.Offset); fault.KindOf(err) == fault.Unsupported {
-		return false, nil
-	} else if err != nil {
-		return false, err
-	}
-	same, err := f.digests.Holds(ctx, p[:e.Length], e.Offset)
-	if same {
-		f.found.Add(e.Length)
-	}
-	return same, err
 }

@@ -1,6 +1,7 @@
 package backup
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -183,7 +184,7 @@ func TestResume(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		twice := read.n.Load() - report.BytesAudited - c.total
+		twice := read.n.Load() - report.BytesAudited - report.BytesChecked - c.total
 		t.Logf("%s: killed at half of %d MiB, continued at %d MiB, read %d MiB twice (%.1f %%)", c.kind, c.total>>20, report.BytesResumed>>20, twice>>20, 100*float64(twice)/float64(c.total))
 		if report.Kind != c.kind || report.BytesResumed == 0 || twice < 0 || twice > c.total/10 {
 			t.Errorf("%+v", report)
@@ -191,9 +192,6 @@ func TestResume(t *testing.T) {
 		sameAsSnapshot(t, r, report.Backup, a, c.snapshot)
 		if left, err := r.Checkpoints(t.Context(), repository.Filter{}); err != nil || len(left) > 0 {
 			t.Errorf("left: %+v, %v", left, err)
-		}
-		if _, err := Verify(t.Context(), VerifyRequest{Repository: r, ID: resumeID + "-" + c.snapshot}); err != nil {
-			t.Error(err)
 		}
 	}
 }
@@ -215,13 +213,16 @@ func sameAsSnapshot(t *testing.T, r *repository.Repository, handle string, a cou
 		t.Fatal(err)
 	}
 	defer source.Close()
-	p := make([]byte, r.ChunkSize())
+	p, q := make([]byte, r.ChunkSize()), make([]byte, r.ChunkSize())
 	for off := int64(0); off < b.Size; off += int64(len(p)) {
 		if _, err := source.ReadAt(t.Context(), p, off); err != nil {
 			t.Fatal(err)
 		}
-		if same, err := image.Holds(t.Context(), p, off); !same || err != nil {
-			t.Fatalf("the backup of %s differs at %d: %v", snapshot, off, err)
+		if _, err := image.ReadAt(t.Context(), q, off); err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(p, q) {
+			t.Fatalf("the backup of %s differs in the chunk at %d", snapshot, off)
 		}
 	}
 }
@@ -345,7 +346,7 @@ func TestResumeRestore(t *testing.T) {
 	q := RestoreRequest{Source: FromBackup(w.repo, backupID(t, report.Backup)), Volume: target("local/restored")}
 	interrupt := func() {
 		t.Helper()
-		f, err := adapters.ParseFaults(fmt.Sprintf("WriteAt:%d+=unavailable", smallSize/2>>20))
+		f, err := adapters.ParseFaults(fmt.Sprintf("WriteAt@%d=unavailable", smallSize/2))
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -69,7 +69,7 @@ func runTree(ctx context.Context, q Request, p Plan, started time.Time, report *
 	}
 	g.source, err = trees.OpenTree(ctx, p.Snapshot.ID, base)
 	if k := fault.KindOf(err); base != nil && (k == fault.NotFound || k == fault.Corrupt) {
-		return made, &distrustError{err.Error()}
+		return made, &distrustError{why: err.Error()}
 	} else if err != nil {
 		return made, err
 	}
@@ -100,6 +100,9 @@ func runTree(ctx context.Context, q Request, p Plan, started time.Time, report *
 		if !p.Walk {
 			b.Believed = p.Base.Believed + 1
 		}
+	}
+	if err := sameSnapshots(ctx, q.Adapter, p); err != nil {
+		return made, err
 	}
 	made, err = g.w.CommitTree(ctx, b, root, g.written.chosen)
 	report.BytesStored += g.w.Stored()
@@ -169,7 +172,7 @@ func (g *grower) entry(ctx context.Context, path string, e adapters.Entry, was *
 	}
 	if e.Unchanged && g.base != nil {
 		if was == nil || !was.Same(e) {
-			return repository.TreeEntry{}, &distrustError{fmt.Sprintf("%q is called unchanged and is not what it was", path)}
+			return repository.TreeEntry{}, &distrustError{why: fmt.Sprintf("%q is called unchanged and is not what it was", path)}
 		}
 		switch {
 		case e.Type != adapters.Directory:
@@ -288,7 +291,7 @@ func (g *grower) fill(ctx context.Context, d *repository.DirectoryWriter, path s
 			return made, baseFault(ctx, err)
 		}
 		if at := join(path, e.Name); strict && (skipped != "" || was == nil || !was.Same(e)) {
-			return made, &distrustError{fmt.Sprintf("%q is called unchanged, and %q is not what it was", path, join(path, skipped+e.Name))}
+			return made, &distrustError{why: fmt.Sprintf("%q is called unchanged, and %q is not what it was", path, join(path, skipped+e.Name))}
 		} else {
 			s := &slot{done: make(chan struct{})}
 			pending = append(pending, s)
@@ -305,7 +308,7 @@ func (g *grower) fill(ctx context.Context, d *repository.DirectoryWriter, path s
 		}
 	}
 	if gone, err := old.rest(); strict && (err != nil || gone != "") {
-		return made, &distrustError{fmt.Sprintf("%q is called unchanged, and %q is not in it any more: %v", path, gone, err)}
+		return made, &distrustError{why: fmt.Sprintf("%q is called unchanged, and %q is not in it any more: %v", path, gone, err)}
 	}
 	for len(pending) > 0 {
 		if err := next(); err != nil {

@@ -73,7 +73,7 @@ func (g *grower) descend(ctx context.Context, at placed) ([]placed, error) {
 // auditFile compares a file's description and bytes, some chunks of a large one, with the base. It returns how many it
 // read.
 func (g *grower) auditFile(ctx context.Context, was placed, most int64) (read int64, err error) {
-	changed := &distrustError{fmt.Sprintf("the file %q is called unchanged and is not what it was", was.path)}
+	changed := &distrustError{why: fmt.Sprintf("the file %q is called unchanged and is not what it was", was.path)}
 	e, err := g.source.Stat(ctx, was.path)
 	if fault.KindOf(err) == fault.NotFound || err == nil && !was.Same(e) {
 		return 0, changed
@@ -117,7 +117,7 @@ func (g *grower) auditFile(ctx context.Context, was placed, most int64) (read in
 		}
 		read += length
 		g.audited.Add(length)
-		same, err := holds(ctx, old, g.r, b.p[:length], off)
+		same, err := sameChunk(ctx, old, g.r, b.p[:length], off)
 		if err != nil {
 			return read, baseFault(ctx, err)
 		}
@@ -128,9 +128,9 @@ func (g *grower) auditFile(ctx context.Context, was placed, most int64) (read in
 	return read, nil
 }
 
-// holds reports whether a file in the repository has these bytes, a chunk's, at an offset. Nothing but indexes is read for
+// sameChunk reports whether a file in the repository has these bytes, a chunk's, at an offset. Nothing but indexes is read for
 // it: a chunk's name is its digest.
-func holds(ctx context.Context, f adapters.File, r *repository.Repository, p []byte, off int64) (bool, error) {
+func sameChunk(ctx context.Context, f adapters.File, r *repository.Repository, p []byte, off int64) (bool, error) {
 	c, err := repository.ChunkAt(ctx, f, off)
 	return c == r.ChunkOf(p), err
 }

@@ -27,11 +27,14 @@ func (s Source) isTree(ctx context.Context) (bool, error) {
 }
 
 // openTree opens a source that is one, and says how it is called, and what a restore of it is named by.
-func (s Source) openTree(ctx context.Context) (t adapters.Tree, handle, token string, err error) {
+func (s Source) openTree(ctx context.Context, suspect bool) (t adapters.Tree, handle, token string, err error) {
 	if s.repository != nil {
 		b, err := s.repository.Backup(ctx, s.backup)
 		if err != nil {
 			return nil, "", "", err
+		}
+		if b.Suspect != "" && !suspect {
+			return nil, "", "", fault.Errorf(fault.Corrupt, "backup %s is suspect: %s; insist on it with --suspect, or restore another", b.Handle, b.Suspect)
 		}
 		t, err := s.repository.OpenTree(ctx, b)
 		if err != nil {
@@ -53,7 +56,7 @@ func restoreTree(ctx context.Context, q RestoreRequest) (report RestoreReport, e
 	if q.Overwrite || q.Size != 0 {
 		return report, fault.Errorf(fault.Invalid, "a tree of files is not written over a volume, and has no size: choose a new volume or directory")
 	}
-	from, handle, token, err := q.Source.openTree(ctx)
+	from, handle, token, err := q.Source.openTree(ctx, q.Suspect || q.GiveUp)
 	if err != nil {
 		return report, err
 	}
@@ -74,7 +77,7 @@ func restoreTree(ctx context.Context, q RestoreRequest) (report RestoreReport, e
 		return RestoreReport{Source: handle, Volume: q.place()}, to.Abort(ctx)
 	}
 	p := &planter{from: from, to: to, progress: q.Progress, chunk: chunkOf(q.Source), links: map[uint64]string{}}
-	p.pool = readPool(q.Budget, p.chunk)
+	p.pool = q.Source.pool(q.Budget)
 	defer p.pool.Close()
 	p.spare = make(chan struct{}, p.pool.workers()-1)
 	if p.progress == nil {
@@ -97,6 +100,13 @@ func restoreTree(ctx context.Context, q RestoreRequest) (report RestoreReport, e
 		report.Volume = v.ID.String()
 	}
 	return report, nil
+}
+
+func (s Source) pool(b Budget) *Pool {
+	if s.repository != nil {
+		return readPool(b, s.repository)
+	}
+	return newPool(b, chunkOf(s), chunkOf(s)+checkMemory(chunkOf(s)))
 }
 
 func chunkOf(s Source) int64 {

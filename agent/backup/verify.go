@@ -2,162 +2,224 @@ package backup
 
 import (
 	"context"
+	"errors"
 	"fmt"
-	"sync"
-	"sync/atomic"
 	"time"
 
-	"golang.org/x/sync/errgroup"
-
-	"stillpoint.io/stillpoint/adapters"
 	"stillpoint.io/stillpoint/agent/repository"
 	"stillpoint.io/stillpoint/fault"
 )
 
-// VerifyRequest asks whether a backup can be restored.
+// VerifyRequest asks whether backups can be restored. What several of them share is looked at once.
 type VerifyRequest struct {
 	Repository *repository.Repository
-	ID         string
+	ID         string        // a backup
+	IDs        []string      // and more
+	All        bool          // or all there are, and also what is in the repository and no backup reads
+	OlderThan  time.Duration // with All: only those whose last full verification is longer ago than that; 0: all
+	Quick      bool          // read no data: everything must be in the index, and within a blob that exists
 	Budget     Budget
-	Progress   *Progress // may be nil
+	Progress   *Progress          // may be nil
+	Each       func(VerifyReport) // is told of each backup when it is done; may be nil
 }
 
-// VerifyReport is what a verification found. Counts are bytes.
+// VerifyReport is what a verification found out about a backup. Counts are bytes.
 type VerifyReport struct {
 	Backup        string   `json:"backup"`
+	Quick         bool     `json:"quick,omitempty"` // no data was read
 	Size          int64    `json:"size"`
-	BytesVerified int64    `json:"bytes_verified"` // in chunks that were read, decrypted and compared with their hash
-	BytesBad      int64    `json:"bytes_bad"`      // of the volume, that cannot be restored
-	Bad           []string `json:"bad,omitempty"`  // what is wrong, by offset; the first hundred
+	BytesVerified int64    `json:"bytes_verified"`     // of the volume, in chunks that are right; all-zero ones are not counted
+	BytesRead     int64    `json:"bytes_read"`         // of those, how many no backup before it in this run had
+	BytesBad      int64    `json:"bytes_bad"`          // of the volume, that cannot be restored
+	Bad           []string `json:"bad,omitempty"`      // what is wrong, by offset; the first hundred
+	Warnings      []string `json:"warnings,omitempty"` // why nothing was recorded
 	Seconds       float64  `json:"seconds"`
+	Faults        int      `json:"faults"` // how many things are wrong
+}
+
+// VerifySummary is a whole run.
+type VerifySummary struct {
+	Backups int      `json:"backups"`           // that were looked at
+	Damaged []string `json:"damaged,omitempty"` // handles of those that cannot be restored bit for bit
+	// Rot is what else is wrong in the repository, of a run over all backups: a sentence for each blob.
+	Rot     []string `json:"rot,omitempty"`
+	Seconds float64  `json:"seconds"`
 }
 
 const badMax = 100 // so many of what is wrong are reported in words
 
-// Verify reads every chunk of a backup and checks it, and that its index and its description fit together. A backup
-// that cannot be restored bit for bit is a report together with an error of kind Corrupt.
+// Verify reads every chunk of a backup from the medium and checks it, and that its index and its description fit
+// together. A backup that cannot be restored bit for bit is a report together with an error of kind Corrupt. That
+// everything is right is recorded in the repository, unless that cannot be written.
 func Verify(ctx context.Context, q VerifyRequest) (VerifyReport, error) {
+	var report VerifyReport
+	q.Each = func(r VerifyReport) { report = r }
+	_, err := VerifyAll(ctx, q)
+	return report, err
+}
+
+// VerifyAll verifies several backups. It is Corrupt if anything is, after it has looked at everything.
+func VerifyAll(ctx context.Context, q VerifyRequest) (summary VerifySummary, err error) {
 	started := time.Now()
-	b, err := q.Repository.Backup(ctx, q.ID)
+	chosen, err := q.choose(ctx)
 	if err != nil {
-		return VerifyReport{}, err
+		return summary, err
 	}
-	if b.Form == adapters.TreeForm {
-		return verifyTree(ctx, q, b)
-	}
-	v := &verifier{r: q.Repository, progress: q.Progress, report: VerifyReport{Backup: b.Handle.String(), Size: b.Size}}
-	if v.progress == nil {
-		v.progress = new(Progress)
-	}
-	if err := v.run(ctx, b, q.Budget); err != nil {
-		return VerifyReport{}, fmt.Errorf("verifying %s: %w", b.Handle, err)
-	}
-	v.report.BytesVerified, v.report.Seconds = v.verified.Load(), time.Since(started).Seconds()
-	if v.wrong > 0 {
-		return v.report, fault.Errorf(fault.Corrupt, "backup %s is damaged: %s (%d faults, %d bytes cannot be restored); back the volume up again", b.Handle, v.report.Bad[0], v.wrong, v.report.BytesBad)
-	}
-	return v.report, nil
-}
-
-type verifier struct {
-	r        *repository.Repository
-	image    *repository.Image
-	progress *Progress
-	verified atomic.Int64
-	data     atomic.Int64
-
-	mu     sync.Mutex
-	report VerifyReport
-	wrong  int
-}
-
-// run returns an error only if the verification could not be done.
-func (v *verifier) run(ctx context.Context, b repository.Backup, budget Budget) error {
-	if err := v.judge(v.r.CheckDescription(ctx, b), 0, 0); err != nil {
-		return err
-	}
-	image, err := v.r.OpenImage(ctx, b)
+	m, err := q.Repository.OpenMedium(ctx)
 	if err != nil {
-		return v.judge(err, 0, b.Size)
+		return summary, err
 	}
-	defer image.Close()
-	v.image = image
-	v.progress.Total.Store(b.Data)
-
-	g, ctx := errgroup.WithContext(ctx)
-	segments := make(chan int)
-	g.Go(func() error {
-		defer close(segments)
-		for n := range image.Segments() {
-			if _, zero := image.Segment(n); zero {
-				continue
-			}
-			select {
-			case segments <- n:
-			case <-ctx.Done():
-				return ctx.Err()
+	defer func() { err = errors.Join(err, m.Close(context.WithoutCancel(ctx))) }()
+	c := newChecker(m, q.Quick, q.Budget, q.Progress)
+	for _, b := range chosen {
+		c.progress.Total.Add(b.Data)
+	}
+	book := ledger{r: q.Repository}
+	defer func() { err = errors.Join(err, book.write(context.WithoutCancel(ctx))) }()
+	var first error
+	for _, b := range chosen {
+		begun := time.Now()
+		found, err := c.backup(ctx, b)
+		if err != nil {
+			return summary, fmt.Errorf("verifying %s: %w", b.Handle, err)
+		}
+		report := found.report(b)
+		report.Quick, report.Seconds = q.Quick, time.Since(begun).Seconds()
+		summary.Backups++
+		if err := report.fault(); err != nil {
+			summary.Damaged = append(summary.Damaged, report.Backup)
+			first = errors.Join(first, err)
+		} else if !q.Quick {
+			if err := book.sound(ctx, b.ID); err != nil {
+				report.Warnings = append(report.Warnings, err.Error())
 			}
 		}
+		if q.Each != nil {
+			q.Each(report)
+		}
+	}
+	if q.All && q.OlderThan == 0 {
+		if summary.Rot, err = survey(ctx, c); err != nil {
+			return summary, err
+		}
+		if len(summary.Rot) > 0 {
+			first = errors.Join(first, fault.Errorf(fault.Corrupt, "the repository is damaged: %s (%d faults); see `stillpoint repair --all --dry-run`", summary.Rot[0], len(summary.Rot)))
+		}
+	}
+	summary.Seconds = time.Since(started).Seconds()
+	return summary, first
+}
+
+// choose finds the backups that are meant.
+func (q VerifyRequest) choose(ctx context.Context) ([]repository.Backup, error) {
+	if q.All {
+		all, err := q.Repository.Backups(ctx, repository.Filter{})
+		if err != nil {
+			return nil, err
+		}
+		var chosen []repository.Backup
+		for _, b := range all {
+			if q.OlderThan == 0 || time.Since(b.Verified) >= q.OlderThan {
+				chosen = append(chosen, b)
+			}
+		}
+		return chosen, nil
+	}
+	ids := q.IDs
+	if q.ID != "" {
+		ids = append([]string{q.ID}, ids...)
+	}
+	var chosen []repository.Backup
+	seen := map[string]bool{}
+	for _, id := range ids {
+		b, err := q.Repository.Backup(ctx, id)
+		if err != nil {
+			return nil, err
+		}
+		if !seen[id] {
+			seen[id] = true
+			chosen = append(chosen, b)
+		}
+	}
+	return chosen, nil
+}
+
+// report puts what was found into words.
+func (f finding) report(b repository.Backup) VerifyReport {
+	r := VerifyReport{Backup: b.Handle.String(), Size: b.Size, BytesVerified: f.data, BytesRead: f.read, Faults: len(f.hurts)}
+	for _, h := range f.hurts {
+		r.BytesBad += h.Length
+		r.BytesVerified -= h.data
+		if len(r.Bad) < badMax {
+			r.Bad = append(r.Bad, h.String())
+		}
+	}
+	return r
+}
+
+func (r VerifyReport) fault() error {
+	if r.Faults == 0 {
 		return nil
-	})
-	for range budget.workers(v.r.ChunkSize() + readMemory(v.r.ChunkSize())) {
-		g.Go(func() error {
-			p := make([]byte, v.r.ChunkSize())
-			for n := range segments {
-				if err := v.segment(ctx, n, p); err != nil {
-					return err
-				}
-			}
-			return nil
-		})
 	}
-	if err := g.Wait(); err != nil {
-		return err
-	}
-	if v.wrong == 0 && v.data.Load() != b.Data {
-		return v.judge(fault.Errorf(fault.Corrupt, "the image has %d bytes of data, its description says %d", v.data.Load(), b.Data), 0, 0)
-	}
-	return nil
+	return fault.Errorf(fault.Corrupt, "backup %s is damaged: %s (%d faults, %d bytes cannot be restored); `stillpoint repair %s` stores again what a snapshot still has",
+		r.Backup, r.Bad[0], r.Faults, r.BytesBad, r.Backup)
 }
 
-// segment reads all chunks of a segment.
-func (v *verifier) segment(ctx context.Context, n int, p []byte) error {
-	start := int64(n) * repository.SegmentSize
-	s, _ := v.image.Segment(n)
-	chunks, err := v.image.Chunks(ctx, n)
+// survey checks what no backup reads.
+func survey(ctx context.Context, c *checker) ([]string, error) {
+	rot, err := c.m.Survey(ctx)
 	if err != nil {
-		return v.judge(err, start, s.Length)
+		return nil, err
 	}
-	v.data.Add(v.image.DataIn(n, chunks))
-	for i, c := range chunks {
-		off := int64(i) * int64(len(p))
-		length := min(int64(len(p)), s.Length-off)
-		if c == v.r.ZeroChunk(length) {
-			continue
-		}
-		if _, err := v.image.ReadAt(ctx, p[:length], start+off); err != nil {
-			if err := v.judge(err, start+off, length); err != nil {
-				return err
-			}
-		} else {
-			v.verified.Add(length)
-		}
-		v.progress.Done.Add(length)
+	var words []string
+	for _, r := range rot {
+		words = append(words, r.String())
 	}
-	return nil
+	if c.quick {
+		return words, nil
+	}
+	loose, err := c.rest(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, l := range loose {
+		words = append(words, l.why)
+	}
+	return words, nil
 }
 
-// judge notes a fault of the backup, and returns an error that is not one.
-func (v *verifier) judge(err error, off, length int64) error {
-	if err == nil || fault.KindOf(err) != fault.Corrupt {
-		return err
+// ledger collects which backups are sound and records it now and then: each time costs a few blobs.
+type ledger struct {
+	r      *repository.Repository
+	sounds []string
+	at     time.Time // of the last record
+	failed bool
+}
+
+// ledgerEvery is how much of the knowledge a killed verification may lose.
+const ledgerEvery = time.Minute
+
+func (l *ledger) sound(ctx context.Context, id string) error {
+	l.sounds = append(l.sounds, id)
+	if l.at.IsZero() {
+		l.at = time.Now()
 	}
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	v.wrong++
-	v.report.BytesBad += length
-	if len(v.report.Bad) < badMax {
-		v.report.Bad = append(v.report.Bad, fmt.Sprintf("%d bytes at %d: %v", length, off, err))
+	if time.Since(l.at) < ledgerEvery {
+		return nil
 	}
-	return nil
+	return l.write(ctx)
+}
+
+// write records. A repository that cannot be written from here can be verified all the same.
+func (l *ledger) write(ctx context.Context) error {
+	if l.failed || len(l.sounds) == 0 {
+		return nil
+	}
+	err := l.r.MarkAllVerified(ctx, l.sounds, time.Now())
+	l.sounds, l.at = nil, time.Now()
+	if fault.KindOf(err) == fault.Invalid {
+		l.failed = true
+		return nil
+	}
+	return err
 }

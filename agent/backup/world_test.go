@@ -123,6 +123,9 @@ func (w *world) resize(size int64) {
 	w.model = model
 }
 
+// mem is the adapter itself, for what stands around it.
+func (w *world) mem() *mem.Adapter { return w.adapter.(*mem.Adapter) }
+
 // cut makes a verified snapshot and returns what it must hold.
 func (w *world) cut() (adapters.SnapshotID, []byte) {
 	w.t.Helper()

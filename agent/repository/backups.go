@@ -3,7 +3,6 @@ package repository
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"regexp"
 	"slices"
 	"strings"
@@ -86,7 +85,7 @@ type Backup struct {
 
 	manifest manifest.ID
 	root     object.ID
-	tree     *TreeEntry // the root of a tree that is being committed
+	tree     *TreeEntry // of a tree: its root
 }
 
 // description is a Backup in JSON: volume.json, the manifest's tag, and what `stillpoint backups --json` prints.
@@ -110,10 +109,8 @@ type description struct {
 	Consistency  adapters.Consistency `json:"consistency,omitempty"`
 	Unverified   []string             `json:"unverified,omitempty"`
 	Image        *ImageID             `json:"image,omitempty"`
-	Form         string               `json:"form,omitempty"` // "tree", with the three below; of a disk image nothing
-	Tree         *TreeID              `json:"tree,omitempty"`
-	Entries      int64                `json:"entries,omitempty"` // files, directories, links and all
-	Files        int64                `json:"files,omitempty"`
+	Form         string               `json:"form,omitempty"` // "tree", with the two below; of a disk image nothing
+	Tree         *treeEntry           `json:"tree,omitempty"` // as it is in the directory beside volume.json
 	Believed     int                  `json:"believed,omitempty"`
 
 	// Of a listing, not stored:
@@ -130,7 +127,11 @@ func (b Backup) MarshalJSON() ([]byte, error) {
 		Cut: b.Cut, Consistency: b.Consistency, Unverified: b.Unverified,
 	}
 	if b.Form == adapters.TreeForm {
-		d.Form, d.Tree, d.Entries, d.Files, d.Believed = b.Form.String(), &b.Tree, b.Count.Entries, b.Count.Files, b.Believed
+		tree, err := b.tree.json()
+		if err != nil {
+			return nil, err
+		}
+		d.Form, d.Tree, d.Believed = b.Form.String(), &tree, b.Believed
 	} else {
 		d.Image = &b.Image
 	}
@@ -164,7 +165,11 @@ func (b *Backup) UnmarshalJSON(p []byte) error {
 	}
 	switch {
 	case d.Form == adapters.TreeForm.String() && d.Tree != nil:
-		b.Form, b.Tree, b.Count, b.Believed = adapters.TreeForm, *d.Tree, Count{d.Entries, d.Files, d.Size}, d.Believed
+		tree, err := d.Tree.entry()
+		if err != nil || tree.summary == nil {
+			return fault.Errorf(fault.Corrupt, "its tree is not one: %w", err)
+		}
+		b.Form, b.tree, b.Tree, b.Count, b.Believed = adapters.TreeForm, &tree, TreeID{tree.object}, tree.Count(), d.Believed
 	case d.Form == "" && d.Image != nil:
 		b.Image = *d.Image
 	default:
@@ -228,9 +233,13 @@ func (r *Repository) lookup(ctx context.Context, from manifests, id string) (Bac
 		return Backup{}, err
 	}
 	if len(found) == 0 {
-		return Backup{}, fault.Errorf(fault.NotFound, "backup %s: not in repository %s; `stillpoint backups` lists what is", Handle{r.remote, id}, r.at)
+		return Backup{}, r.noBackup(id)
 	}
 	return found[0], nil
+}
+
+func (r *Repository) noBackup(id string) error {
+	return fault.Errorf(fault.NotFound, "backup %s: not in repository %s; `stillpoint backups` lists what is", Handle{r.remote, id}, r.at)
 }
 
 // manifests is the part of kopia's repository that lists and reads manifests.
@@ -253,11 +262,15 @@ func (r *Repository) find(ctx context.Context, from manifests, labels map[string
 		}
 		return strings.Compare(string(a.ID), string(b.ID))
 	})
+	gone, err := r.forgottenIn(ctx, from)
+	if err != nil {
+		return nil, err
+	}
 	var found []Backup
 	seen := map[string]bool{}
 	for _, e := range entries {
-		if e.Labels[descriptionLabel] == "" || seen[e.Labels[idLabel]] {
-			continue // a snapshot that somebody made with kopia itself
+		if e.Labels[descriptionLabel] == "" || seen[e.Labels[idLabel]] || gone[e.ID] {
+			continue // a snapshot that somebody made with kopia itself, or forgotten
 		}
 		var m snapshot.Manifest
 		if _, err := from.GetManifest(ctx, e.ID, &m); err != nil {
@@ -287,22 +300,6 @@ func (r *Repository) backupOf(id manifest.ID, m *snapshot.Manifest) (Backup, err
 	b.Handle = Handle{r.remote, b.ID}
 	b.manifest, b.root = id, m.RootObjectID()
 	return b, nil
-}
-
-// Forget deletes the backup's manifest; its data goes with kopia's maintenance as far as no other backup needs it.
-// NotFound if there is no such backup.
-func (r *Repository) Forget(ctx context.Context, id string) error {
-	for first := true; ; first = false { // one id may have two manifests
-		b, err := r.Backup(ctx, id)
-		if !first && fault.KindOf(err) == fault.NotFound {
-			return errors.Join(r.DeleteRecord(ctx, verifiedRecord, id), r.DeleteRecord(ctx, suspectRecord, id))
-		} else if err != nil {
-			return err
-		}
-		if err := r.deleteManifest(ctx, b.manifest); err != nil {
-			return err
-		}
-	}
 }
 
 func (r *Repository) deleteManifest(ctx context.Context, id manifest.ID) error {

@@ -3,6 +3,7 @@ package repository
 import (
 	"cmp"
 	"context"
+	"crypto/md5"
 	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
@@ -139,12 +140,19 @@ func (b *bucket) impatient() *bucket {
 func (b *bucket) key(id blob.ID) string { return b.prefix + string(id) }
 
 func (b *bucket) GetBlob(ctx context.Context, id blob.ID, offset, length int64, output blob.OutputBuffer) error {
+	_, err := b.get(ctx, id, offset, length, output)
+	return err
+}
+
+// get reads a blob or a part of it. verified says that it is known to be what was uploaded: a whole blob that has the
+// checksum which the store keeps of it. A blob of another checksum is read again, and is Corrupt if that does not help.
+func (b *bucket) get(ctx context.Context, id blob.ID, offset, length int64, output blob.OutputBuffer) (verified bool, err error) {
 	if offset < 0 {
-		return fmt.Errorf("reading %s: %w", id, blob.ErrInvalidRange)
+		return false, fmt.Errorf("reading %s: %w", id, blob.ErrInvalidRange)
 	}
-	return b.again(ctx, "reading "+string(id), func(ctx context.Context) error {
+	err = b.again(ctx, "reading "+string(id), func(ctx context.Context) error {
 		output.Reset()
-		var o minio.GetObjectOptions
+		o := minio.GetObjectOptions{Checksum: length < 0}
 		switch {
 		case length == 0: // no range says that
 			_, err := b.core.StatObject(ctx, b.at.Bucket, b.key(id), o)
@@ -154,18 +162,32 @@ func (b *bucket) GetBlob(ctx context.Context, id blob.ID, offset, length int64, 
 				return blob.ErrInvalidRange
 			}
 		}
-		body, _, _, err := b.core.GetObject(ctx, b.at.Bucket, b.key(id), o)
+		body, info, _, err := b.core.GetObject(ctx, b.at.Bucket, b.key(id), o)
 		if err != nil {
 			return err
 		}
 		defer body.Close()
+		to, right := io.Writer(onlyWriter{output}), func() bool { return false }
+		switch {
+		case length >= 0:
+		case info.ChecksumSHA256 != "":
+			sum := sha256.New()
+			to, right = io.MultiWriter(to, sum), func() bool { return base64.StdEncoding.EncodeToString(sum.Sum(nil)) == info.ChecksumSHA256 }
+		default: // an ETag may be the MD5, or anything
+			sum := md5.New()
+			to, right = io.MultiWriter(to, sum), func() bool { return hex.EncodeToString(sum.Sum(nil)) == info.ETag }
+		}
 		p := buffers.Get().(*buffer)
 		defer buffers.Put(p)
-		if _, err := io.CopyBuffer(onlyWriter{output}, body, p[:]); err != nil {
+		if _, err := io.CopyBuffer(to, body, p[:]); err != nil {
 			return err
+		}
+		if verified = right(); !verified && length < 0 && info.ChecksumSHA256 != "" {
+			return fault.Errorf(fault.Corrupt, "what comes from the store does not have the checksum that the store keeps of it")
 		}
 		return blob.EnsureLengthExactly(output.Length(), length)
 	})
+	return verified, err
 }
 
 // onlyWriter hides what else a writer can do, so that the buffer given is the buffer used.

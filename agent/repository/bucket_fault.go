@@ -21,6 +21,9 @@ import (
 // storeFault gives an error of an S3 client its kind and says what to do. What is missing or out of range becomes kopia's
 // word for it, without a kind: whether that is a fault is for others to say.
 func storeFault(err error) error {
+	if err == nil {
+		return nil
+	}
 	var answer minio.ErrorResponse
 	if errors.As(err, &answer) {
 		return answerFault(answer)
@@ -59,7 +62,7 @@ func withoutURL(err error) error {
 // answerFault is for what the store itself says.
 func answerFault(a minio.ErrorResponse) error {
 	say := func(k fault.Kind, remedy string) error {
-		return fault.Errorf(k, "the store says %w (%s, HTTP %d)%s", a, a.Code, a.StatusCode, remedy)
+		return fault.Errorf(k, "the store says \"%w\" (%s, HTTP %d)%s", a, a.Code, a.StatusCode, remedy)
 	}
 	switch a.Code {
 	case minio.NoSuchKey, "NoSuchVersion":
@@ -70,7 +73,7 @@ func answerFault(a minio.ErrorResponse) error {
 		return blob.ErrInvalidRange
 	case "RequestTimeTooSkewed":
 		return say(fault.Invalid, "; the clock of this machine or of the store is wrong: set it, with NTP for example")
-	case "InvalidAccessKeyId", "SignatureDoesNotMatch", "AuthorizationHeaderMalformed":
+	case "InvalidAccessKeyId", "SignatureDoesNotMatch", "AuthorizationHeaderMalformed", "XAdminUserNotFound": // the last is versitygw's
 		if a.Code == "AuthorizationHeaderMalformed" && a.Region != "" {
 			return say(fault.Invalid, "; set the signing region (s3-signing-region) to "+a.Region)
 		}

@@ -23,21 +23,23 @@ import (
 
 // cached keeps copies of a bucket's index blobs in a folder of this machine: kopia's indexes, and the packs with our
 // indexes and the manifests. It never keeps data. Such a blob is never rewritten, so a copy is not outdated, and it is
-// encrypted as in the bucket.
+// encrypted as in the bucket. Only what is known to be right is kept: what this process uploaded, and what came with the
+// checksum (or an ETag that is one) that the store keeps of it.
 //
 // Nothing depends on the cache. What is damaged in it is fetched again; when it cannot be written, as on a full disk, that
 // is said once and reads go to the store. (Kopia's own cache cannot be had without data, waits on a full disk for every
 // blob, and hands damaged copies on.)
 type cached struct {
 	*bucket
-	dir      string
-	limit    int64
-	held     atomic.Int64 // bytes in dir, about: other processes may use it too
-	broken   atomic.Bool  // it cannot be written
-	sweeping sync.Mutex
-	fetching [64]sync.Mutex // by blob, so that none is fetched twice at the same time
-	fetches  chan struct{}  // bounds the memory for blobs that are fetched
-	seed     maphash.Seed
+	dir       string
+	limit     int64
+	held      atomic.Int64 // bytes in dir, about: other processes may use it too
+	broken    atomic.Bool  // it cannot be written
+	unchecked atomic.Bool  // the store keeps no checksum that can be had
+	sweeping  sync.Mutex
+	fetching  [64]sync.Mutex // by blob, so that none is fetched twice at the same time
+	fetches   chan struct{}  // bounds the memory for blobs that are fetched
+	seed      maphash.Seed
 }
 
 // withCache puts a cache before a bucket. dir belongs to one repository.
@@ -70,7 +72,7 @@ func (c *cached) GetBlob(ctx context.Context, id blob.ID, offset, length int64, 
 	if c.read(id, offset, length, output) {
 		return nil
 	}
-	if c.broken.Load() {
+	if c.broken.Load() || c.unchecked.Load() { // then whole blobs are not fetched for their parts
 		return c.bucket.GetBlob(ctx, id, offset, length, output)
 	}
 	select {
@@ -80,11 +82,16 @@ func (c *cached) GetBlob(ctx context.Context, id blob.ID, offset, length int64, 
 	}
 	defer func() { <-c.fetches }()
 	var whole blobBytes
-	if err := c.bucket.GetBlob(ctx, id, 0, -1, &whole); err != nil {
+	verified, err := c.bucket.get(ctx, id, 0, -1, &whole)
+	if err != nil {
 		return err
 	}
 	p := whole.Bytes()
-	c.store(ctx, id, func(w io.Writer) error { _, err := w.Write(p); return err })
+	if verified { // what was spoilt on its way must not stay
+		c.store(ctx, id, func(w io.Writer) error { _, err := w.Write(p); return err })
+	} else {
+		c.unchecked.Store(true)
+	}
 	if length >= 0 {
 		if offset < 0 || offset+length > int64(len(p)) {
 			return fmt.Errorf("reading %s: %w", id, blob.ErrInvalidRange)
@@ -92,7 +99,7 @@ func (c *cached) GetBlob(ctx context.Context, id blob.ID, offset, length int64, 
 		p = p[offset : offset+length]
 	}
 	output.Reset()
-	_, err := output.Write(p)
+	_, err = output.Write(p)
 	return err
 }
 

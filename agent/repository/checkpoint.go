@@ -86,7 +86,7 @@ func (w *Writer) Checkpoint(ctx context.Context, b Backup, done Part, base *Back
 }
 
 // Resume makes the writer's next checkpoint take the place of one that an earlier writer left.
-func (w *Writer) Resume(c Checkpoint) { w.checkpoint = c.manifest }
+func (w *Writer) Resume(c Checkpoint) { w.checkpoint, w.resumed = c.manifest, true }
 
 // Checkpoints lists the unfinished backups, of one volume or of all. Of several with one id the one that came farthest
 // counts.
@@ -131,6 +131,20 @@ func (r *Repository) OpenPart(ctx context.Context, c Checkpoint) (*Image, error)
 	part := c.Backup
 	part.Size = c.Done
 	return r.OpenImage(ctx, part)
+}
+
+// GiveUp deletes the checkpoints of a backup that is not to be continued.
+func (r *Repository) GiveUp(ctx context.Context, id string) error {
+	found, err := r.kopia.FindManifests(ctx, map[string]string{manifest.TypeLabelKey: snapshot.ManifestType, checkpointLabel: id})
+	if err != nil {
+		return r.corrupt(err)
+	}
+	for _, e := range found {
+		if err := r.deleteManifest(ctx, e.ID); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // dropCheckpoints deletes, in a session that is about to commit b, the checkpoints that b makes worthless: its own, and

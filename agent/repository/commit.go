@@ -28,12 +28,12 @@ const (
 )
 
 // Commit makes the backup be, in this order: all data and indexes are made durable; what describes the backup, its
-// whole top level and the sample (chunks of the image, by their offsets) are read back from the medium, by a reader
-// that knows nothing of what was written; the manifest is written and made durable; it is read back the same way. If
-// another process committed the same id meanwhile, its backup is returned when it is of the same snapshot, and the
-// error is Busy when it is not.
-func (w *Writer) Commit(ctx context.Context, b Backup, sample []int64) (Backup, error) {
-	return w.commit(ctx, b, func(back *reader, b Backup) error { return back.check(ctx, b, sample) })
+// whole top level is read back from the medium, by a reader that knows nothing of what was written; check is given the
+// image as that reader has it, and is expected to read a sample of it; the manifest is written and made durable; it is
+// read back the same way. An error of check is returned and nothing is committed. If another process committed the same
+// id meanwhile, its backup is returned when it is of the same snapshot, and the error is Busy when it is not.
+func (w *Writer) Commit(ctx context.Context, b Backup, check func(ctx context.Context, back *Image) error) (Backup, error) {
+	return w.commit(ctx, b, func(back *reader, b Backup) error { return back.check(ctx, b, check) })
 }
 
 // commit commits with whatever check there is of what was read back.
@@ -54,6 +54,9 @@ func (w *Writer) commit(ctx context.Context, b Backup, check func(*reader, Backu
 	defer back.close(ctx)
 	if err := check(back, b); err != nil {
 		return Backup{}, fmt.Errorf("reading back backup %s: %w", b.ID, err)
+	}
+	if err := w.confirm(ctx, s, back, b); err != nil {
+		return Backup{}, fmt.Errorf("backup %s: %w", b.ID, err)
 	}
 	if err := w.r.dropCheckpoints(ctx, s, b); err != nil {
 		return Backup{}, err
@@ -187,8 +190,8 @@ func (r *Repository) reopen(ctx context.Context) (*reader, error) {
 
 func (b *reader) close(ctx context.Context) error { return b.shared.CloseShared(ctx) }
 
-// check reads the directory, the description, the top level and the sample of a backup.
-func (b *reader) check(ctx context.Context, want Backup, sample []int64) error {
+// check reads the directory, the description and the top level of a backup, and has its image checked.
+func (b *reader) check(ctx context.Context, want Backup, check func(ctx context.Context, back *Image) error) error {
 	if err := b.r.checkDescription(ctx, b.contents, want); err != nil {
 		return err
 	}
@@ -196,14 +199,7 @@ func (b *reader) check(ctx context.Context, want Backup, sample []int64) error {
 	if err != nil {
 		return err
 	}
-	p := make([]byte, b.r.ChunkSize())
-	for _, off := range sample {
-		n := min(int64(len(p)), want.Size-off)
-		if _, err := image.ReadAt(ctx, p[:n], off); err != nil {
-			return err
-		}
-	}
-	return nil
+	return check(ctx, image)
 }
 
 // CheckDescription makes sure that what the repository says about a backup in three places (manifest, directory,

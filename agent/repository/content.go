@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"log/slog"
 	"sync"
 
 	"github.com/kopia/kopia/repo/compression"
@@ -53,8 +54,21 @@ func (r *Repository) idOf(prefix content.IDPrefix, p []byte) content.ID {
 	return id
 }
 
-// read gets a content, decrypts it, and makes sure that it is what its id says.
+// read gets a content, decrypts it, and makes sure that it is what its id says. What came over a network may have been
+// spoilt on its way: it is asked for once more before it is called corrupt.
 func (r *Repository) read(ctx context.Context, from content.Reader, id content.ID) ([]byte, error) {
+	p, err := r.readOnce(ctx, from, id)
+	if r.at.S3 == nil || fault.KindOf(err) != fault.Corrupt {
+		return p, err
+	}
+	first := err
+	if p, err = r.readOnce(ctx, from, id); err == nil {
+		slog.WarnContext(ctx, "a content was spoilt on its way from the store, and came right the second time", "repository", r.at.String(), "error", first.Error())
+	}
+	return p, err
+}
+
+func (r *Repository) readOnce(ctx context.Context, from content.Reader, id content.ID) ([]byte, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}

@@ -37,6 +37,17 @@
 // So the id of disk.img is a digest of every byte, an index costs about 110 bytes for each chunk and segment that
 // changed, and every backup is complete: an incremental differs from a full one only in what had to be done for it.
 //
+// An unfinished backup is kept by a checkpoint, which to kopia is an incomplete snapshot of the same source: a folder with
+// disk.img as far as it is done (whole segments from the start), and for an incremental base.img, its base's image, so
+// that kopia's maintenance leaves alone what will be referred to. Two tags say what it is: checkpoint (the backup's id)
+// and stillpoint-checkpoint (done, taken, and the description of the backup so far). It goes when the backup is
+// committed, or a newer one of the volume.
+//
+// A record is a manifest with the label type=stillpoint-KIND and a label key: what was learnt about backups and volumes.
+//
+// Beside kopia's blobs there is kopia.repository.copy, which is what its name says: the key to everything else is in
+// kopia.repository, and in no other blob of kopia's. Mend keeps a damaged index as damaged-NAME. Kopia looks at neither.
+//
 // # Layout of a tree
 //
 // The backup of a volume that is a tree of files has, instead of disk.img, a directory tree: an ordinary kopia directory,

@@ -3,10 +3,14 @@ package repository
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 
+	"github.com/kopia/kopia/repo/content"
+
 	"stillpoint.io/stillpoint/adapters"
+	"stillpoint.io/stillpoint/fault"
 )
 
 // Dump writes a backup's index as text, for people who look into the format: the description, then of a disk image a line
@@ -65,6 +69,20 @@ func (r *Repository) Dump(ctx context.Context, out io.Writer, b Backup) error {
 		}
 	}
 	return nil
+}
+
+// Where tells in which blob a content lies, at which offset, and how many bytes it has there: for people who look into
+// the format. NotFound if it is in no index.
+func (r *Repository) Where(ctx context.Context, id string) (blobID string, offset, length int64, err error) {
+	c, err := content.ParseID(id)
+	if err != nil {
+		return "", 0, 0, fault.Errorf(fault.Invalid, "content %q: %w", id, err)
+	}
+	info, err := r.kopia.ContentInfo(ctx, c)
+	if errors.Is(err, content.ErrContentNotFound) {
+		return "", 0, 0, fault.Errorf(fault.NotFound, "content %s: in no index of repository %s", id, r.at)
+	}
+	return string(info.PackBlobID), int64(info.PackOffset), int64(info.PackedLength), r.at.fault("reading", err)
 }
 
 func (t *Tree) dump(ctx context.Context, out io.Writer, path string, e TreeEntry) error {

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"time"
 	"unsafe"
 
 	"github.com/kopia/kopia/repo/blob"
@@ -32,7 +33,8 @@ const folderType = "stillpoint-folder"
 
 // folderOptions is the connection information. Its JSON never reaches a disk.
 type folderOptions struct {
-	Path string `json:"path"`
+	Path string        `json:"path"`
+	Skew time.Duration `json:"skew,omitempty"` // of the medium's clock: see Skewed
 }
 
 // registerFolder makes the storage known to kopia, whose own way to open a repository looks it up by its word.
@@ -46,7 +48,10 @@ type folderStorage struct {
 }
 
 // folderFiles is the part of the storage that sharded.Storage leaves to the medium.
-type folderFiles struct{ root string }
+type folderFiles struct {
+	root string
+	skew time.Duration
+}
 
 func openFolder(_ context.Context, o *folderOptions, create bool) (blob.Storage, error) {
 	if create {
@@ -55,7 +60,7 @@ func openFolder(_ context.Context, o *folderOptions, create bool) (blob.Storage,
 		}
 	}
 	return &folderStorage{
-		Storage: sharded.New(&folderFiles{root: o.Path}, o.Path, sharded.Options{DirectoryShards: []int{1, 3}, ListParallelism: 4}, create),
+		Storage: sharded.New(&folderFiles{o.Path, o.Skew}, o.Path, sharded.Options{DirectoryShards: []int{1, 3}, ListParallelism: 4}, create),
 	}, nil
 }
 
@@ -140,6 +145,9 @@ func (f *folderFiles) PutBlobInPath(ctx context.Context, dir, path string, data 
 	}
 	defer partial.Close()
 	err = fill(ctx, partial, data)
+	if f.skew != 0 && o.SetModTime.IsZero() {
+		o.SetModTime = time.Now().Add(f.skew)
+	}
 	if err == nil && !o.SetModTime.IsZero() {
 		err = os.Chtimes(partial.Name(), o.SetModTime, o.SetModTime)
 	}

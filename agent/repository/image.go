@@ -33,10 +33,18 @@ const keptSegments = 64
 
 // OpenImage opens the image of a backup. A top level that is damaged or does not make up the volume is Corrupt.
 func (r *Repository) OpenImage(ctx context.Context, b Backup) (*Image, error) {
-	if b.Form != adapters.BlockForm {
-		return nil, fault.Errorf(fault.Invalid, "backup %s is of a tree of files and has no image", b.ID)
+	if err := b.isImage(); err != nil {
+		return nil, err
 	}
 	return r.openImage(ctx, r.kopia.ContentReader(), b)
+}
+
+// isImage is nil for the backup of a disk image.
+func (b Backup) isImage() error {
+	if b.Form != adapters.BlockForm {
+		return fault.Errorf(fault.Unsupported, "backup %s is of a tree of files and has no image", b.ID)
+	}
+	return nil
 }
 
 // objectReader is what kopia's object package reads from.
@@ -82,7 +90,7 @@ func (r *Repository) openImage(ctx context.Context, from content.Reader, b Backu
 
 // corrupt gives a reading error its kind: what kopia cannot read is Corrupt unless something else is known.
 func (r *Repository) corrupt(err error) error {
-	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+	if err == nil || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
 		return err
 	}
 	err = r.at.fault("reading", err)
@@ -91,6 +99,9 @@ func (r *Repository) corrupt(err error) error {
 	}
 	return err
 }
+
+// isCorrupt tells damage from a reader that did not come through.
+func isCorrupt(err error) bool { return fault.KindOf(err) == fault.Corrupt }
 
 // Size is the image's length in bytes.
 func (i *Image) Size() int64 { return i.size }
@@ -222,22 +233,22 @@ func (i *Image) readChunk(ctx context.Context, p []byte, off int64) (int, error)
 	return copy(p[:want], data[off-start:]), nil
 }
 
-// Holds says that p, which is whole chunks, is what the image holds at off. It compares digests and reads no data.
-func (i *Image) Holds(ctx context.Context, p []byte, off int64) (bool, error) {
+// Need is the chunk at off, to be read into the start of p.
+func (i *Image) Need(ctx context.Context, off int64, p []byte) (Need, error) {
 	size := i.r.ChunkSize()
-	for len(p) > 0 {
-		chunks, err := i.Chunks(ctx, int(off/SegmentSize))
-		if err != nil {
-			return false, err
-		}
-		n := min(size, i.size-off, int64(len(p)))
-		if i.r.ChunkOf(p[:n]) != chunks[off%SegmentSize/size] {
-			return false, nil
-		}
-		p, off = p[n:], off+n
+	chunks, err := i.Chunks(ctx, int(off/SegmentSize))
+	if err != nil {
+		return Need{}, err
 	}
-	return true, nil
+	length := min(size, i.size-off/size*size)
+	return Need{chunks[off%SegmentSize/size], length, p[:length]}, nil
 }
+
+// Is says that p is what the chunk holds.
+func (i *Image) Is(c Chunk, p []byte) bool { return i.r.ChunkOf(p) == c }
+
+// ReadBuffer is what a Reader of the image needs, in bytes.
+func (i *Image) ReadBuffer() int64 { return i.r.ReadBuffer() }
 
 // Extents gives the image as runs of whole chunks, data and zero, from offset 0 to its end without a gap. It reads the
 // index of every segment that is not all zero.

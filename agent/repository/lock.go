@@ -36,23 +36,32 @@ func (r *Repository) Lock(v adapters.VolumeID) (release func() error, err error)
 
 // lockFile opens and locks a file that stands for the volume and the repository. It stays when the lock goes.
 func (r *Repository) lockFile(v adapters.VolumeID) (*os.File, error) {
+	file, err := r.lockName(v.String(), v.String())
+	if errors.Is(err, fault.Busy) {
+		return nil, underWay(v)
+	}
+	return file, err
+}
+
+// lockName locks a name of the repository's, which messages call what. Busy if it is locked.
+func (r *Repository) lockName(name, what string) (*os.File, error) {
 	if err := os.MkdirAll(r.locks, 0o700); err != nil {
 		return nil, fault.Errorf(fault.Invalid, "the folder for locks: %w", err)
 	}
-	name := adapters.ShortName(hex.EncodeToString(r.kopia.UniqueID()) + " " + v.String())
+	name = adapters.ShortName(hex.EncodeToString(r.kopia.UniqueID()) + " " + name)
 	file, err := os.OpenFile(filepath.Join(r.locks, name), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
-		return nil, fault.Errorf(fault.Invalid, "the lock of %s: %w", v, err)
+		return nil, fault.Errorf(fault.Invalid, "the lock of %s: %w", what, err)
 	}
 	switch err := unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB); {
 	case err == nil:
 		return file, nil
 	case errors.Is(err, unix.EWOULDBLOCK):
 		file.Close()
-		return nil, underWay(v)
+		return nil, fault.Errorf(fault.Busy, "%s: somebody else is at it", what)
 	default:
 		file.Close()
-		return nil, fault.Errorf(fault.Unavailable, "the lock of %s: %w", v, err)
+		return nil, fault.Errorf(fault.Unavailable, "the lock of %s: %w", what, err)
 	}
 }
 

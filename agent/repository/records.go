@@ -60,7 +60,18 @@ func (r *Repository) DeleteRecord(ctx context.Context, kind RecordKind, key stri
 // Records reads all records of a kind, by key. T is what they decode to. It sees what other processes put as far as the
 // repository was refreshed: Backups does that.
 func Records[T any](ctx context.Context, r *Repository, kind RecordKind) (map[string]T, error) {
-	found, err := r.kopia.FindManifests(ctx, kind.labels(""))
+	return records[T](ctx, r, kind, "")
+}
+
+// Record reads one record, if there is one.
+func Record[T any](ctx context.Context, r *Repository, kind RecordKind, key string) (v T, found bool, err error) {
+	all, err := records[T](ctx, r, kind, key)
+	v, found = all[key]
+	return v, found, err
+}
+
+func records[T any](ctx context.Context, r *Repository, kind RecordKind, key string) (map[string]T, error) {
+	found, err := r.kopia.FindManifests(ctx, kind.labels(key))
 	if err != nil {
 		return nil, r.corrupt(err)
 	}

@@ -47,6 +47,8 @@ type OpenOptions struct {
 	Locks    string // a folder for locks between the processes of this host, see Lock; empty: there are none
 	// UploadBytes and DownloadBytes bound what goes to the medium and comes from it, in bytes a second; 0: no limit.
 	UploadBytes, DownloadBytes int64
+
+	skews skews
 }
 
 // Repository is an open kopia repository. Its methods are safe in parallel. Close it. Nothing of it is kept on this
@@ -101,6 +103,9 @@ func Init(ctx context.Context, at Location, passphrase adapters.Secret, o Option
 	} else if err != nil {
 		return at.fault("creating", err)
 	}
+	if _, err := copyFormat(ctx, st, false); err != nil {
+		return at.fault("creating", err)
+	}
 	host, err := hostOr(o.Host)
 	if err != nil {
 		return err
@@ -145,6 +150,7 @@ func Open(ctx context.Context, at Location, passphrase adapters.Secret, o OpenOp
 	}
 	k, err := connect(ctx, at, medium, passphrase, o)
 	if err != nil {
+		err = diagnosed(ctx, at, medium, passphrase, o, err)
 		return nil, errors.Join(err, medium.Close(context.WithoutCancel(ctx)))
 	}
 	r := &Repository{
@@ -152,6 +158,7 @@ func Open(ctx context.Context, at Location, passphrase adapters.Secret, o OpenOp
 		hash: k.FormatManager().HashFunc(), locks: o.Locks,
 	}
 	if err := r.loadSettings(ctx); err != nil {
+		err = diagnosed(ctx, at, medium, passphrase, o, err)
 		return nil, errors.Join(err, r.Close(context.WithoutCancel(ctx)))
 	}
 	return r, nil
@@ -184,8 +191,12 @@ func connect(ctx context.Context, at Location, medium blob.Storage, passphrase a
 	if err != nil {
 		return nil, err
 	}
+	storage := at.connection(id, !o.Uncached)
+	if f, ok := storage.Config.(*folderOptions); ok {
+		f.Skew = o.skews.medium
+	}
 	config, err := json.Marshal(repo.LocalConfig{
-		Storage: at.connection(id, !o.Uncached),
+		Storage: storage,
 		ClientOptions: repo.ClientOptions{
 			Hostname: o.Host, Username: userName, Description: at.String(), ReadOnly: o.ReadOnly,
 			Throttling:              &throttling.Limits{UploadBytesPerSecond: float64(o.UploadBytes), DownloadBytesPerSecond: float64(o.DownloadBytes)},
@@ -206,6 +217,7 @@ func connect(ctx context.Context, at Location, medium blob.Storage, passphrase a
 	}
 	k, err := repo.Open(ctx, file.Name(), passphrase.Reveal(), &repo.Options{
 		DisableRepositoryLog: true,
+		TimeNowFunc:          o.skews.now(),
 		DoNotWaitForUpgrade:  true,
 		OnFatalError:         func(error) {}, // the same error is returned; kopia's default ends the process
 	})
@@ -238,6 +250,12 @@ type Status struct {
 	Volumes   int       `json:"volumes"`
 	Newest    time.Time `json:"newest,omitzero"` // the instant of the newest snapshot that is backed up
 	Stored    int64     `json:"stored_bytes"`    // all blobs together
+	// Unverified is the backup that nobody has verified for the longest time, and since when: its last full verification,
+	// or that it was made.
+	Unverified      *Handle   `json:"unverified,omitempty"`
+	UnverifiedSince time.Time `json:"unverified_since,omitzero"`
+	NeverVerified   int       `json:"never_verified"` // backups
+	Suspect         int       `json:"suspect"`        // backups
 }
 
 // Status counts what is in the repository. It lists every blob.
@@ -255,6 +273,7 @@ func (r *Repository) Status(ctx context.Context) (Status, error) {
 		}
 	}
 	s.Volumes = len(volumes)
+	s.standing(backups)
 	err = r.kopia.BlobReader().ListBlobs(ctx, "", func(m blob.Metadata) error {
 		s.Stored += m.Length
 		return nil

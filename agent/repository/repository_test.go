@@ -3,6 +3,7 @@ package repository
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -80,7 +81,13 @@ func commit(r *Repository, id string, fill ...byte) (Backup, error) {
 	return w.Commit(ctx, Backup{
 		ID: id, Volume: v, Snapshot: adapters.SnapshotID{Volume: v, Name: "cut"}, Kind: Full, Size: size, ChunkSize: r.ChunkSize(), Data: size,
 		Created: time.Now(), Started: time.Now(), Finished: time.Now(), Image: image,
-	}, []int64{0})
+	}, func(ctx context.Context, back *Image) error {
+		p := make([]byte, r.ChunkSize())
+		if n, err := back.ReadAt(ctx, p, 0); err != nil || p[n-1] != fill[0] {
+			return fmt.Errorf("read back %d bytes that end in %d: %w", n, p[n-1], err)
+		}
+		return nil
+	})
 }
 
 func TestInitRefuses(t *testing.T) {

@@ -25,6 +25,8 @@ type Writer struct {
 	stored     atomic.Int64
 	fresh      *freshChunks
 	checkpoint manifest.ID // the last one's
+	began      moment
+	resumed    bool // what an earlier writer did is part of it
 
 	mu      sync.Mutex
 	current *session
@@ -42,7 +44,7 @@ func (r *Repository) NewWriter(ctx context.Context) (*Writer, error) {
 	if err := r.at.sweep(); err != nil {
 		return nil, r.at.fault("writing to", err)
 	}
-	w := &Writer{r: r, fresh: new(freshChunks)}
+	w := &Writer{r: r, fresh: new(freshChunks), began: momentNow()}
 	var err error
 	w.current, err = w.begin(ctx)
 	return w, err
@@ -163,6 +165,9 @@ type Segment struct {
 	id     content.ID
 	Length int64 // bytes
 }
+
+// Index is the content that holds the segment's index.
+func (s Segment) Index() Chunk { return Chunk{s.id} }
 
 var indexBuffers = sync.Pool{New: func() any { return new([]byte) }}
 

@@ -210,8 +210,12 @@ func (a *app) backupOne(ctx context.Context, r *repository.Repository, m *meter,
 	if err != nil {
 		return report, err
 	}
+	distrust := ""
+	if !full {
+		distrust = a.distrust(ctx, b, id.Volume.Backend)
+	}
 	err = m.run("backup", id.String(), func(p *backup.Progress) (err error) {
-		report, err = backup.Run(ctx, backup.Request{Adapter: b, Snapshot: id, Repository: r, Full: full, Pool: pool, Progress: p})
+		report, err = backup.Run(ctx, backup.Request{Adapter: b, Snapshot: id, Repository: r, Full: full, Distrust: distrust, Pool: pool, Progress: p})
 		return err
 	})
 	if err == nil {
@@ -236,6 +240,9 @@ func (a *app) printBackup(report backup.Report) error {
 	if t := report.Tree; t != nil {
 		a.say("  %d entries: %d directories walked, %d reused whole; in those walked %d files read, %d reused; %d files audited",
 			t.Entries, t.DirsWalked, t.DirsReused, t.FilesRead, t.FilesReused, t.FilesAudited)
+	}
+	for _, s := range report.Suspect {
+		a.say("  %s is suspect now", s)
 	}
 	a.say("  read %v, audited %v, new %v (stored as %v), reused %v of %v, in %.1f s", bytesize(report.BytesRead), bytesize(report.BytesAudited),
 		bytesize(report.BytesNew), bytesize(report.BytesStored), bytesize(report.BytesReused), bytesize(report.Size), report.Seconds)

@@ -27,18 +27,13 @@ func (a *app) backupsCommand() *cobra.Command {
 }
 
 func (a *app) listBackups(ctx context.Context, remote string, args []string) error {
-	var filter repository.Filter
+	volume := ""
 	if len(args) == 1 {
-		b, id, err := a.volume(ctx, args[0])
-		if err != nil {
-			return err
-		}
-		filter.Volume = id
-		if v, err := b.Volume(ctx, id); err == nil {
-			filter.Volume = v.ID
-		} else if !errors.Is(err, fault.NotFound) && !errors.Is(err, fault.Unavailable) {
-			return err // a volume that is gone may have backups under its canonical id
-		}
+		volume = args[0]
+	}
+	filter, err := a.filter(ctx, volume)
+	if err != nil {
+		return err
 	}
 	r, err := a.repository(ctx, remote)
 	if err != nil {
@@ -57,15 +52,51 @@ func (a *app) listBackups(ctx context.Context, remote string, args []string) err
 		}
 		return nil
 	}
-	row, flush := a.table("BACKUP", "KIND", "SIZE", "DATA", "CREATED", "SNAPSHOT")
+	row, flush := a.table("BACKUP", "KIND", "SIZE", "DATA", "CREATED", "VERIFIED", "SNAPSHOT")
 	for _, b := range found {
-		row(b.Handle, b.Kind, bytesize(b.Size), bytesize(b.Data), b.Created.Local().Format(time.DateTime), b.Snapshot)
+		row(b.Handle, b.Kind, bytesize(b.Size), bytesize(b.Data), b.Created.Local().Format(time.DateTime), verified(b), b.Snapshot)
 	}
 	return flush()
 }
 
+// verified tells how long ago a backup was verified, and that it is suspect.
+func verified(b repository.Backup) string {
+	s := "never"
+	if !b.Verified.IsZero() {
+		s = age(time.Since(b.Verified)) + " ago"
+	}
+	if b.Suspect != "" {
+		s += ", SUSPECT"
+	}
+	return s
+}
+
+// filter narrows a listing to a volume, if it is not empty.
+func (a *app) filter(ctx context.Context, volume string) (repository.Filter, error) {
+	if volume == "" {
+		return repository.Filter{}, nil
+	}
+	b, id, err := a.volume(ctx, volume)
+	if err != nil {
+		return repository.Filter{}, err
+	}
+	v, err := b.Volume(ctx, id)
+	switch {
+	case err == nil:
+		id = v.ID
+	case !errors.Is(err, fault.NotFound) && !errors.Is(err, fault.Unavailable):
+		return repository.Filter{}, err // a volume that is gone may have backups under its canonical id
+	}
+	return repository.Filter{Volume: id}, nil
+}
+
 // inRemotes calls f for each backup handle with its repository, opening each remote once.
-func (a *app) inRemotes(ctx context.Context, handles []string, o repository.OpenOptions, f func(*repository.Repository, string) error) (err error) {
+func (a *app) inRemotes(ctx context.Context, handles []string, o repository.OpenOptions, f func(*repository.Repository, string) error) error {
+	return a.inRemotesThen(ctx, handles, o, f, func() error { return nil })
+}
+
+// inRemotesThen is inRemotes, with something to do at the end if all went well, while the remotes are still open.
+func (a *app) inRemotesThen(ctx context.Context, handles []string, o repository.OpenOptions, f func(*repository.Repository, string) error, then func() error) (err error) {
 	var parsed []repository.Handle
 	for _, s := range handles {
 		h, err := repository.ParseHandle(s)
@@ -93,6 +124,9 @@ func (a *app) inRemotes(ctx context.Context, handles []string, o repository.Open
 		if err := f(r, h.ID); err != nil {
 			errs = append(errs, fmt.Errorf("%s: %w", h, err))
 		}
+	}
+	if len(errs) == 0 {
+		errs = append(errs, then())
 	}
 	return errors.Join(errs...)
 }

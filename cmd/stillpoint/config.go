@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 
@@ -14,7 +13,6 @@ import (
 
 	"stillpoint.io/stillpoint/adapters"
 	"stillpoint.io/stillpoint/adapters/registry"
-	"stillpoint.io/stillpoint/agent/repository"
 	"stillpoint.io/stillpoint/fault"
 )
 
@@ -30,19 +28,8 @@ type backendConfig struct {
 	Adapter     string            `json:"adapter"`
 	Parameters  map[string]string `json:"parameters"`
 	SecretFiles map[string]string `json:"secret-files"`
+	Canary      string            `json:"canary"` // id of the volume on which `backup` tries the backend's changed blocks first
 }
-
-// remoteConfig is one remote: where its repository is, and the file that holds its passphrase.
-type remoteConfig struct {
-	Path           string `json:"path"`
-	PassphraseFile string `json:"passphrase-file"`
-}
-
-const (
-	envRemote         = "STILLPOINT_REMOTE"
-	envPassphraseFile = "STILLPOINT_PASSPHRASE_FILE"
-	defaultRemote     = "default"
-)
 
 // loadConfig reads the file, or makes the configuration that holds without one. Unknown keys are errors.
 func loadConfig(path string) (config, error) {
@@ -59,14 +46,18 @@ func loadConfig(path string) (config, error) {
 	if len(c.Backends) == 0 {
 		c.Backends = map[string]backendConfig{"reflink": {Adapter: "reflink"}}
 	}
-	if dir := os.Getenv(envRemote); dir != "" {
+	r, from, err := remoteFromEnvironment()
+	if err != nil {
+		return c, err
+	}
+	if from != "" {
 		if _, ok := c.Remotes[defaultRemote]; ok {
-			return c, fault.Errorf(fault.Invalid, "the remote %q is both in %s and in the environment (%s): keep one", defaultRemote, path, envRemote)
+			return c, fault.Errorf(fault.Invalid, "the remote %q is both in %s and in the environment (%s): keep one", defaultRemote, path, from)
 		}
 		if c.Remotes == nil {
 			c.Remotes = map[string]remoteConfig{}
 		}
-		c.Remotes[defaultRemote] = remoteConfig{Path: dir, PassphraseFile: os.Getenv(envPassphraseFile)}
+		c.Remotes[defaultRemote] = r
 	}
 	for name, b := range c.Backends {
 		if h, err := adapters.ParseHandle(name + ":x"); err != nil || h.Volume.Backend != name {
@@ -103,33 +94,6 @@ func (c config) openBackend(ctx context.Context, name string) (adapters.Adapter,
 		return nil, fmt.Errorf("backend %q: %w", name, err)
 	}
 	return adapters.Retry(a, adapters.RetryPolicy{}), nil
-}
-
-// remote gives a configured remote's place and passphrase.
-func (c config) remote(name string) (repository.Location, adapters.Secret, error) {
-	r, ok := c.Remotes[name]
-	if !ok {
-		if name == defaultRemote && len(c.Remotes) == 0 {
-			return repository.Location{}, adapters.Secret{}, fault.Errorf(fault.NotFound,
-				"no remote is configured: set %s to a folder and %s to a file with the passphrase, or put remotes: into the --config file", envRemote, envPassphraseFile)
-		}
-		return repository.Location{}, adapters.Secret{}, fault.Errorf(fault.NotFound, "remote %q is not configured; there is %s", name, list(c.Remotes))
-	}
-	if r.Path == "" {
-		return repository.Location{}, adapters.Secret{}, fault.Errorf(fault.Invalid, "remote %q has no path: the folder that holds the repository", name)
-	}
-	if r.PassphraseFile == "" {
-		return repository.Location{}, adapters.Secret{}, fault.Errorf(fault.Invalid, "remote %q has no passphrase: set passphrase-file (or %s) to a file that holds it", name, envPassphraseFile)
-	}
-	path, err := filepath.Abs(r.Path)
-	if err != nil {
-		return repository.Location{}, adapters.Secret{}, err
-	}
-	pass, err := readSecret(r.PassphraseFile)
-	if err != nil {
-		return repository.Location{}, adapters.Secret{}, fmt.Errorf("remote %q, passphrase: %w", name, err)
-	}
-	return repository.Location{Path: path}, pass, nil
 }
 
 // readSecret reads a secret from a file, without the newline at its end.

@@ -24,6 +24,7 @@ import (
 	"os"
 	"os/signal"
 	"strings"
+	"sync"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -42,7 +43,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	context.AfterFunc(ctx, stop) // the second signal ends the program at once
-	a := &app{stdout: stdout, stderr: stderr, open: map[string]adapters.Adapter{}}
+	a := &app{stdout: stdout, stderr: stderr, open: map[string]adapters.Adapter{}, canaries: map[string]string{}}
 	root := a.rootCommand()
 	root.SetArgs(args)
 	root.SetOut(stdout)
@@ -89,6 +90,8 @@ type app struct {
 	config         config
 	open           map[string]adapters.Adapter
 	json           bool
+	canariesMu     sync.Mutex
+	canaries       map[string]string // by backend that was tried: why its changed blocks are not to be used, or nothing
 }
 
 func (a *app) rootCommand() *cobra.Command {
@@ -119,7 +122,8 @@ Exit codes: 0 success, 1 unforeseen, 2 invalid, 3 not found, 4 busy, 5 unsupport
 	})
 	root.AddCommand(
 		a.cutCommand(), a.snapshotsCommand(), a.deleteCommand(), a.diffCommand(),
-		a.backupCommand(), a.backupsCommand(), a.lsCommand(), a.restoreCommand(), a.verifyCommand(), a.forgetCommand(),
+		a.backupCommand(), a.backupsCommand(), a.lsCommand(), a.restoreCommand(), a.verifyCommand(), a.repairCommand(), a.forgetCommand(),
+		a.scrubCommand(), a.canaryCommand(), a.spaceCommand(),
 		a.remoteCommand(), a.adaptersCommand(), freezerCommand(), a.versionCommand(),
 	)
 	return root

@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 	"text/tabwriter"
+	"time"
 
 	"stillpoint.io/stillpoint/cbt"
 )
@@ -54,6 +55,20 @@ func (b bytesize) String() string {
 		v, u = v/1024, u+1
 	}
 	return fmt.Sprintf("%.1f %ciB", v, units[u])
+}
+
+// age prints a time span as people read it: by its two largest units, or fewer.
+func age(d time.Duration) string {
+	switch h := int(d.Hours()); {
+	case d < time.Minute:
+		return fmt.Sprintf("%ds", int(d.Seconds()))
+	case h < 1:
+		return fmt.Sprintf("%dm", int(d.Minutes()))
+	case h < 48:
+		return fmt.Sprintf("%dh", h)
+	default:
+		return fmt.Sprintf("%dd", h/24)
+	}
 }
 
 // extentPrinter prints extents, a hundred thousand of them at a reasonable speed: JSON lines or a table.

@@ -1,19 +1,22 @@
 package main
 
 import (
+	"time"
+
 	"github.com/spf13/cobra"
 
+	"stillpoint.io/stillpoint/agent/backup"
 	"stillpoint.io/stillpoint/agent/repository"
 )
 
 func (a *app) remoteCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "remote",
-		Short: "Create or look at a remote's repository",
+		Short: "Try a remote, create or look at its repository",
 		Args:  cobra.ArbitraryArgs,
 		RunE:  subcommand,
 	}
-	c.AddCommand(a.remoteInitCommand(), a.remoteStatusCommand())
+	c.AddCommand(a.remoteInitCommand(), a.remoteStatusCommand(), a.remoteMaintainCommand(), a.remoteCheckCommand(), a.remotePassphraseCommand())
 	return c
 }
 
@@ -58,8 +61,12 @@ func (a *app) remoteStatusCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
+			looked, err := backup.OldestUnaudited(c.Context(), r)
+			if err != nil {
+				return err
+			}
 			if a.json {
-				return a.printJSON(s)
+				return a.printJSON(newStatusLine(s, looked))
 			}
 			a.say("remote      %s", s.Remote)
 			a.say("location    %s", s.Location)
@@ -67,6 +74,13 @@ func (a *app) remoteStatusCommand() *cobra.Command {
 			a.say("chunk size  %v", bytesize(s.ChunkSize))
 			a.say("backups     %d of %d volumes", s.Backups, s.Volumes)
 			a.say("stored      %v", bytesize(s.Stored))
+			if len(looked) > 0 {
+				a.say("unaudited   %s", describeUnaudited(looked[0], time.Now()))
+			}
+			if s.Unverified != nil {
+				a.say("unverified  for %s at most: %s (%d of the backups were never verified)", age(time.Since(s.UnverifiedSince)), s.Unverified, s.NeverVerified)
+			}
+			a.say("suspect     %d", s.Suspect)
 			return nil
 		},
 	})

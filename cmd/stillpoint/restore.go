@@ -13,7 +13,7 @@ import (
 )
 
 func (a *app) restoreCommand() *cobra.Command {
-	var overwrite, giveUp bool
+	var overwrite, suspect, giveUp bool
 	var only string
 	var budget budgetFlags
 	var progress progressFlags
@@ -30,7 +30,7 @@ A tree of files becomes a new volume, or a new directory anywhere on this machin
 Nothing is written over and nothing is ever written outside of the target. It is begun anew when it was interrupted.`,
 		Args: arguments(2, 2, "a backup or snapshot, and the volume to make of it"),
 		RunE: func(c *cobra.Command, args []string) (err error) {
-			q := backup.RestoreRequest{Overwrite: overwrite, GiveUp: giveUp, Only: treePath(only)}
+			q := backup.RestoreRequest{Overwrite: overwrite, Suspect: suspect, GiveUp: giveUp, Only: treePath(only)}
 			if strings.HasPrefix(args[1], "/") || strings.HasPrefix(args[1], ".") {
 				q.Directory = args[1]
 			} else if q.Target, q.Volume, err = a.volume(c.Context(), args[1]); err != nil {
@@ -60,6 +60,7 @@ Nothing is written over and nothing is ever written outside of the target. It is
 	}
 	c.Flags().StringVar(&only, "path", "", "of a tree of files, restore only what is at this `path` in it")
 	c.Flags().BoolVar(&overwrite, "overwrite", false, "write over the existing volume TARGET-VOLUME, which must not be in use")
+	c.Flags().BoolVar(&suspect, "suspect", false, "restore a backup even if it is suspect: it may differ from its snapshot")
 	c.Flags().BoolVar(&giveUp, "give-up", false, "remove what an interrupted restore of this backup to TARGET-VOLUME left")
 	budget.registerReading(c)
 	progress.register(c)

@@ -1,0 +1,114 @@
+package backup
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"stillpoint.io/stillpoint/adapters"
+	"stillpoint.io/stillpoint/adapters/reflink"
+	"stillpoint.io/stillpoint/agent/repository"
+	"stillpoint.io/stillpoint/integration/lab"
+)
+
+// intoFile restores a backup into a file of a pool.
+func intoFile(ctx context.Context, at repository.Location, id, file string, opened func()) (RestoreReport, error) {
+	r, err := repository.Open(ctx, at, passphrase, repository.OpenOptions{Host: "test"})
+	if err != nil {
+		return RestoreReport{}, err
+	}
+	defer r.Close(ctx)
+	a, err := reflink.Kind().Open(ctx, adapters.Config{Name: "reflink"})
+	if err != nil {
+		return RestoreReport{}, err
+	}
+	defer a.Close()
+	opened()
+	return Restore(ctx, RestoreRequest{Source: FromBackup(r, id), Target: a, Volume: adapters.VolumeID{Backend: "reflink", ID: file}})
+}
+
+func restoringChild() error {
+	_, err := intoFile(context.Background(), repository.Location{Path: os.Getenv("REPOSITORY")}, os.Getenv("BACKUP"), os.Getenv("FILE"), func() { fmt.Println("open") })
+	return err
+}
+
+// Killed at any moment, a restore leaves no volume, or the whole one; the same restore again finishes it, and nothing
+// half-done is left beside it.
+func TestKilledRestore(t *testing.T) {
+	t.Parallel()
+	l := lab.Test(t)
+	pool, err := l.Pool(t.Context(), "pool", "xfs", 4<<30)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := newWorld(t, 64<<10, 96<<20)
+	w.write(random(rand.New(rand.NewPCG(4, 4)), 80<<20), 8<<20)
+	s, want := w.cut()
+	id := backupID(t, w.backup(s).Backup)
+	rng := rand.New(rand.NewPCG(uint64(time.Now().UnixNano()), 0))
+	pace := time.Hour // the first is not killed, and says how long a restore takes here
+	whole, found := 0, int64(0)
+	for run := range kills(12) {
+		file := filepath.Join(pool.Mount, fmt.Sprintf("volume-%d.img", run))
+		after := pace
+		if run > 0 {
+			after = time.Duration(rng.Int64N(int64(pace)))
+		}
+		child := exec.Command(os.Args[0])
+		child.Env = append(os.Environ(), childVariable+"=restore", "REPOSITORY="+w.at.Path, "BACKUP="+id, "FILE="+file)
+		child.Stderr = os.Stderr
+		out, err := child.StdoutPipe()
+		if err == nil {
+			err = child.Start()
+		}
+		if err == nil {
+			_, err = out.Read(make([]byte, len("open\n")))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		began := time.Now()
+		timer := time.AfterFunc(after, func() { child.Process.Kill() })
+		err = child.Wait()
+		timer.Stop()
+		if child.ProcessState.Exited() && err != nil {
+			t.Fatalf("the child failed: %v", err)
+		}
+		if run == 0 {
+			pace = time.Since(began)
+		}
+		if _, err := os.Stat(file); err == nil {
+			whole++
+		} else {
+			report, err := intoFile(t.Context(), w.at, id, file, func() {})
+			if err != nil {
+				t.Fatal(err)
+			}
+			found += report.BytesFound
+		}
+		got, err := os.ReadFile(file)
+		if err != nil || !bytes.Equal(got, want) {
+			t.Fatalf("run %d: the restored volume differs: %v", run, err)
+		}
+		entries, err := os.ReadDir(pool.Mount)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range entries {
+			if strings.HasPrefix(e.Name(), ".stillpoint-restore") {
+				t.Fatalf("run %d: left %s", run, e.Name())
+			}
+		}
+		if err := os.Remove(file); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Logf("%d were whole; the others continued with %d MiB", whole, found>>20)
+}

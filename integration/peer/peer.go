@@ -1,0 +1,103 @@
+// Package peer helps tests to run real servers beside themselves: on ports that are free, and with a guard that takes a
+// server down when the test program is gone, however it went.
+package peer
+
+import (
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"syscall"
+)
+
+// Guard is a shell that outlives the test program to clean up after it.
+type Guard struct {
+	cmd *exec.Cmd
+	in  io.Closer
+}
+
+// NewGuard runs a script in bash, with arguments. Its standard input ends when the guard is closed or the test program
+// dies: the script waits for that (`read -r _`) and then cleans up.
+func NewGuard(script string, args ...string) (*Guard, error) {
+	cmd := exec.Command("bash", append([]string{"-c", script, "guard"}, args...)...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // an interrupt at the terminal is not for it
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		return nil, err
+	}
+	if err := cmd.Start(); err != nil {
+		return nil, fmt.Errorf("starting a guard: %w", err)
+	}
+	return &Guard{cmd, in}, nil
+}
+
+// Close lets the guard clean up and waits until it has.
+func (g *Guard) Close() error {
+	if err := g.in.Close(); err != nil {
+		return err
+	}
+	return g.cmd.Wait()
+}
+
+// Serve runs a server until the guard is closed, and removes the folder then. The server's output is in DIR/log.
+func Serve(dir string, env []string, command ...string) (*Guard, error) {
+	script := `
+dir=$1; shift
+env "${@:2:$1}" "${@:$(($1 + 2))}" >"$dir/log" 2>&1 & server=$!
+read -r _
+kill -9 "$server"
+wait "$server" 2>/dev/null
+rm -rf -- "$dir"`
+	args := append([]string{dir, fmt.Sprint(len(env))}, env...)
+	return NewGuard(script, append(args, command...)...)
+}
+
+// Ports finds n free ports of the loopback device in a row and returns the first.
+func Ports(n int) (int, error) {
+	for range 100 {
+		first, err := listen(0)
+		if err != nil {
+			return 0, err
+		}
+		port := first.Addr().(*net.TCPAddr).Port
+		held := []io.Closer{first}
+		for p := port + 1; p < port+n && p < 1<<16; p++ {
+			l, err := listen(p)
+			if err != nil {
+				break
+			}
+			held = append(held, l)
+		}
+		for _, l := range held {
+			l.Close()
+		}
+		if len(held) == n {
+			return port, nil
+		}
+	}
+	return 0, fmt.Errorf("no %d free ports in a row", n)
+}
+
+func listen(port int) (net.Listener, error) {
+	return net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
+}
+
+// Folder is a path of this module, from its root.
+func Folder(elements ...string) (string, error) {
+	dir, err := os.Getwd()
+	if err != nil {
+		return "", err
+	}
+	for {
+		if _, err := os.Stat(filepath.Join(dir, "packages.sh")); err == nil {
+			return filepath.Join(append([]string{dir}, elements...)...), nil
+		}
+		up := filepath.Dir(dir)
+		if up == dir {
+			return "", fmt.Errorf("the working directory is not in the module")
+		}
+		dir = up
+	}
+}
