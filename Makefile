@@ -12,11 +12,12 @@ export PATH := $(PATH):/usr/sbin:/sbin:/usr/local/go/bin
 COMPILER    := gcc=gcc /usr/include/stdlib.h=libc6-dev
 FILESYSTEMS := mkfs.xfs=xfsprogs mkfs.btrfs=btrfs-progs mkfs.ext4=e2fsprogs mkfs.f2fs=f2fs-tools mount=mount cmp=diffutils
 PEERS       := restic=restic borg=borgbackup
+CEPH        := ceph-mon=ceph-mon ceph-mgr=ceph-mgr ceph-osd=ceph-osd radosgw=radosgw ceph=ceph-common
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 VERSION     := $(shell git describe --always --dirty 2>/dev/null || echo development)
 LDFLAGS     := -s -w -X main.version=$(VERSION)
 
-.PHONY: build demo check lint test soak bench clean
+.PHONY: build demo check lint test soak versitygw bench clean
 
 build:
 	@./packages.sh
@@ -36,13 +37,18 @@ lint:
 	go vet ./...
 	go run $(STATICCHECK) ./...
 
-test: lint
-	@./packages.sh $(FILESYSTEMS)
+test: lint versitygw
+	@./packages.sh $(FILESYSTEMS) $(CEPH)
 	go test -race -timeout 30m ./...
 
 soak:
 	@./packages.sh $(COMPILER) $(FILESYSTEMS)
 	STILLPOINT_KILLS=1000 go test -timeout 24h -v -run Kill ./agent/backup ./agent/repository
+
+# The S3 gateway for tests: the go command builds it once, in three minutes, and keeps it in its cache.
+versitygw:
+	@echo "building versitygw, if it is not in the build cache yet"
+	@go -C integration/versitygw tool -n versitygw >/dev/null
 
 bench: build
 	@./packages.sh $(FILESYSTEMS) $(PEERS)

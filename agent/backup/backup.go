@@ -90,6 +90,8 @@ type Report struct {
 // backup of that id is suspect.
 func Run(ctx context.Context, q Request) (_ Report, err error) {
 	started := time.Now()
+	ctx, end := repository.Operation(ctx)
+	defer end()
 	release, err := q.Repository.Lock(q.Snapshot.Volume)
 	if err != nil {
 		return Report{}, err

@@ -29,7 +29,12 @@ func newKopia(t *testing.T, at repository.Location) *kopia {
 	if out, err := exec.CommandContext(t.Context(), "go", "build", "-C", filepath.Join("..", "..", "integration", "kopia"), "-o", k.binary, "github.com/kopia/kopia").CombinedOutput(); err != nil {
 		t.Fatalf("building kopia: %v\n%s", err, out)
 	}
-	k.run("repository", "connect", "filesystem", "--path", at.Path, "--override-username=stillpoint", "--override-hostname=test")
+	place := []string{"filesystem", "--path", at.Path}
+	if s := at.S3; s != nil {
+		place = []string{"s3", "--bucket", s.Bucket, "--prefix", s.Prefix, "--endpoint", strings.TrimPrefix(s.Endpoint, "http://"), "--disable-tls"}
+		k.env = append(k.env, "AWS_ACCESS_KEY_ID="+s.AccessKey.Reveal(), "AWS_SECRET_ACCESS_KEY="+s.SecretKey.Reveal())
+	}
+	k.run(append([]string{"repository", "connect", "--override-username=stillpoint", "--override-hostname=test"}, place...)...)
 	return k
 }
 

@@ -39,7 +39,9 @@ func TestLineAllocations(t *testing.T) {
 		l := newLine(q, repeated{p, size}, nil, writer)
 		var before, after runtime.MemStats
 		runtime.ReadMemStats(&before)
-		if _, err := l.run(t.Context(), cbt.Of(cbt.Extent{Length: size})); err != nil {
+		ctx, end := repository.Operation(t.Context())
+		defer end()
+		if _, err := l.run(ctx, cbt.Of(cbt.Extent{Length: size})); err != nil {
 			t.Fatal(err)
 		}
 		runtime.ReadMemStats(&after)

@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"os"
 	"testing"
+
+	"stillpoint.io/stillpoint/integration/s3"
 )
 
 // children are what this test program does when a test starts it again, by the value of childVariable.
@@ -31,6 +33,9 @@ func kills(otherwise int) int {
 // testDir is for what tests share.
 var testDir string
 
+// stores are the S3 stores that tests use, started when the first one asks.
+var stores s3.Stores
+
 const childVariable = "STILLPOINT_BACKUP_TEST_CHILD"
 
 func TestMain(m *testing.M) {
@@ -56,5 +61,10 @@ func runTests(m *testing.M) int {
 		return 1
 	}
 	defer os.RemoveAll(testDir)
-	return m.Run()
+	code := m.Run()
+	if err := stores.Close(); err != nil {
+		fmt.Fprintln(os.Stderr, "stopping the stores:", err)
+		return 1
+	}
+	return code
 }

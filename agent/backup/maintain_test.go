@@ -74,9 +74,9 @@ func TestAWeekOfMaintenance(t *testing.T) {
 		}
 		for _, b := range listed {
 			mustEqual(t, fmt.Sprintf("day %d: %s", day, b.ID), w.content(b.Handle.String()), wants[b.Handle.String()])
-			if _, err := Verify(t.Context(), VerifyRequest{Repository: w.repo, ID: b.ID}); err != nil {
-				t.Error(err)
-			}
+		}
+		if summary, err := VerifyAll(t.Context(), VerifyRequest{Repository: w.repo, All: true}); err != nil || summary.Backups != len(listed) {
+			t.Errorf("day %d: %+v: %v", day, summary, err)
 		}
 	}
 	k := newKopia(t, w.at)

@@ -68,6 +68,8 @@ type RestoreReport struct {
 // that goes for an overwritten volume too, so that only differences move.
 func Restore(ctx context.Context, q RestoreRequest) (RestoreReport, error) {
 	started := time.Now()
+	ctx, end := repository.Operation(ctx)
+	defer end()
 	if tree, err := q.Source.isTree(ctx); err != nil || tree {
 		if err != nil {
 			return RestoreReport{}, err

@@ -61,6 +61,8 @@ func Verify(ctx context.Context, q VerifyRequest) (VerifyReport, error) {
 // VerifyAll verifies several backups. It is Corrupt if anything is, after it has looked at everything.
 func VerifyAll(ctx context.Context, q VerifyRequest) (summary VerifySummary, err error) {
 	started := time.Now()
+	ctx, end := repository.Operation(ctx)
+	defer end()
 	chosen, err := q.choose(ctx)
 	if err != nil {
 		return summary, err

@@ -195,7 +195,15 @@ type Filter struct {
 }
 
 // Backups lists the committed backups, newest snapshot first. It sees what other processes committed.
-func (r *Repository) Backups(ctx context.Context, f Filter) ([]Backup, error) {
+func (r *Repository) Backups(ctx context.Context, f Filter) (found []Backup, err error) {
+	err = within(ctx, func(ctx context.Context) error {
+		found, err = r.backups(ctx, f)
+		return err
+	})
+	return found, err
+}
+
+func (r *Repository) backups(ctx context.Context, f Filter) ([]Backup, error) {
 	labels := map[string]string{}
 	if f.Volume != (adapters.VolumeID{}) {
 		labels[volumeLabel] = f.Volume.String()
@@ -211,7 +219,15 @@ func (r *Repository) Backups(ctx context.Context, f Filter) ([]Backup, error) {
 }
 
 // Backup looks one up by its id. NotFound if there is none.
-func (r *Repository) Backup(ctx context.Context, id string) (Backup, error) {
+func (r *Repository) Backup(ctx context.Context, id string) (b Backup, err error) {
+	err = within(ctx, func(ctx context.Context) error {
+		b, err = r.backup(ctx, id)
+		return err
+	})
+	return b, err
+}
+
+func (r *Repository) backup(ctx context.Context, id string) (Backup, error) {
 	if err := CheckID(id); err != nil {
 		return Backup{}, err
 	}

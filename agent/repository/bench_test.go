@@ -68,7 +68,7 @@ func manyBackups(b *testing.B) *Repository {
 		d := disk{name: "v"}
 		made := d.describe(r, fmt.Sprint("b", n), time.Now())
 		made.Size, made.Image = chunks*r.ChunkSize(), image
-		if _, err := w.Commit(ctx, made, nil); err != nil {
+		if _, err := w.Commit(ctx, made, readsBack()); err != nil {
 			b.Fatal(err)
 		}
 		if err := w.Close(ctx); err != nil {

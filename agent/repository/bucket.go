@@ -130,10 +130,10 @@ func openBucket(at *S3) (*bucket, error) {
 	return &bucket{at: at, prefix: at.prefix(), core: minio.Core{Client: client}, transport: transport, patience: patience}, nil
 }
 
-// impatient is the same bucket for the first call, which a mistyped address should not make wait for minutes.
-func (b *bucket) impatient() *bucket {
+// impatient is the same bucket with a part of the patience, for calls of which a mistyped address should not make minutes.
+func (b *bucket) impatient(part time.Duration) *bucket {
 	quick := *b
-	quick.patience.longest /= 20
+	quick.patience.longest /= part
 	return &quick
 }
 
@@ -183,7 +183,7 @@ func (b *bucket) get(ctx context.Context, id blob.ID, offset, length int64, outp
 			return err
 		}
 		if verified = right(); !verified && length < 0 && info.ChecksumSHA256 != "" {
-			return fault.Errorf(fault.Corrupt, "what comes from the store does not have the checksum that the store keeps of it")
+			return fault.Errorf(fault.Corrupt, "other bytes come from the store than it keeps, by its own checksum: look at proxies, network cards and memory on the way")
 		}
 		return blob.EnsureLengthExactly(output.Length(), length)
 	})
@@ -281,7 +281,10 @@ func (b *bucket) ListBlobs(ctx context.Context, prefix blob.ID, callback func(bl
 		}
 		return ctx.Err()
 	})
-	return cmp.Or(stopped, err)
+	if stopped != nil {
+		return stopped
+	}
+	return gaveUp(ctx, err)
 }
 
 // ConnectionInfo says which bucket it is and leaves out who we are there.

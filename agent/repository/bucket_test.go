@@ -171,7 +171,7 @@ func TestBucketRefuses(t *testing.T) {
 				"another prefix":   {at.with(func(s *S3) { s.Prefix = "elsewhere" }), secret, fault.NotFound, "stillpoint remote init"},
 				"TLS to one without": {at.with(func(s *S3) { s.Endpoint = strings.TrimPrefix(s.Endpoint, "http://") }), secret, fault.Invalid,
 					"does not speak TLS"},
-				"nobody there": {at.with(func(s *S3) { s.Endpoint, s.Patience = "http://"+free.Addr().String(), 2*time.Second }), secret, fault.Unavailable, "cannot be reached"},
+				"nobody there": {at.with(func(s *S3) { s.Endpoint, s.Patience = "http://"+free.Addr().String(), 3*time.Second }), secret, fault.Unavailable, "cannot be reached"},
 			} {
 				if err := open(c.at, c.pass); fault.KindOf(err) != c.want || !strings.Contains(err.Error(), c.words) {
 					t.Errorf("%s: %v (%s)", name, err, fault.KindOf(err))
@@ -416,7 +416,7 @@ func TestRetention(t *testing.T) {
 
 // A location that cannot be right is refused without a word to any store.
 func TestLocationRefuses(t *testing.T) {
-	good := Location{S3: &S3{Endpoint: "s3.example.com", Bucket: "b", AccessKey: adapters.NewSecret("a"), SecretKey: adapters.NewSecret("b")}}
+	good := Location{S3: &S3{Endpoint: "s3.example.com", Bucket: "bucket", AccessKey: adapters.NewSecret("a"), SecretKey: adapters.NewSecret("b")}}
 	if err := good.check(); err != nil {
 		t.Error(err)
 	}
@@ -429,6 +429,7 @@ func TestLocationRefuses(t *testing.T) {
 		"do not belong into it":   good.with(func(s *S3) { s.Endpoint = "https://key:geheim@host" }),
 		"not a host":              good.with(func(s *S3) { s.Endpoint = "https://ho st" }),
 		"bucket is not named":     good.with(func(s *S3) { s.Bucket = "" }),
+		"3 to 63 of":              good.with(func(s *S3) { s.Bucket = "b" }),
 		"begin with a /":          good.with(func(s *S3) { s.Prefix = "/x" }),
 		"needs credentials":       good.with(func(s *S3) { s.SecretKey = adapters.NewSecret("") }),
 		"when that is an address": good.with(func(s *S3) { s.Endpoint, s.Lookup = "10.0.0.1:9000", LookupHost }),

@@ -23,7 +23,7 @@ func (c *checker) bucket(ctx context.Context, name string) (err error) {
 		return err
 	}
 	defer b.Close(ctx)
-	b = b.impatient()
+	b = b.impatient(60)
 	if !c.try(ctx, "reach", func(ctx context.Context) (finding, error) { return b.reach(ctx) }) {
 		return c.first
 	}

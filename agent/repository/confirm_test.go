@@ -61,7 +61,7 @@ func commitAgain(t *testing.T, w *Writer, x *Index, d *disk, base Backup) (Backu
 	if b.Image, err = x.Finish(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	return w.Commit(t.Context(), b, nil)
+	return w.Commit(t.Context(), b, readsBack())
 }
 
 // The ways in which a backup can take too long, or not begin by itself.

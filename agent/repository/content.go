@@ -72,7 +72,10 @@ func (r *Repository) readOnce(ctx context.Context, from content.Reader, id conte
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
+	ctx, end := Operation(ctx)
+	defer end()
 	p, err := from.GetContent(ctx, id)
+	err = reason(ctx, err)
 	switch {
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		return nil, err

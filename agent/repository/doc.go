@@ -75,8 +75,36 @@
 // So two trees that are the same have the same id, and an incremental backup refers to the directories of its base that
 // did not change, without reading them.
 //
+// # Maintenance
+//
+// Forgetting frees nothing by itself. Maintain runs kopia's maintenance, with all of kopia's safety times
+// (maintenance.SafetyFull): every hour the quick cycle, which tidies indexes, and every 24 hours the full one. A full cycle
+//
+//   - deletes checkpoints whose backup exists, or that are a week old, and manifests that came back after they were
+//     forgotten;
+//   - marks contents as deleted that nothing refers to and that are 24 hours old, and takes the mark from those that
+//     something refers to again. Until a marked content is dropped, it is read as if it had no mark;
+//   - packs anew what lies in packs that are less than 60 % full, except manifests;
+//   - drops from the index what was marked an hour or more before an earlier cycle began, one that had ended four hours or
+//     more before this one;
+//   - deletes packs that no index names and that are 24 hours old, an hour or more after the last packing.
+//
+// So space comes back in the third or fourth daily cycle after a backup was forgotten. What stays are dead contents in
+// packs that are at least 60 % alive, and in the last pack that is not full.
+//
+// Only the owner may run it, stillpoint@HOST of Init or whoever took over; on one host one process at a time
+// (OpenOptions.Locks). Several hosts that open a repository as the same HOST must agree among themselves. It needs no
+// silence: a running backup is safe because what it relies on cannot be dropped for five hours after it was marked, a
+// checkpoint or the commit takes the mark away before, and a commit that comes later than four hours after its writer
+// began, or continues another, makes sure of everything that it refers to (see confirm). With a clock that is wrong it
+// refuses to run. It stops, and frees nothing, at a manifest that cannot be read and at a backup that refers to what is
+// not there. Killed at any point it has done part of its work, and the next goes on.
+//
+// Kopia's own command may maintain the repository as well, connected as the owner. It marks the same contents, more slowly.
+//
 // # Promises
 //
 // No blob is rewritten in place, except those that kopia's own maintenance owns. A backup is listed only after its data
-// was made durable and a sample of it read back. Forgetting a backup deletes its manifest and nothing else.
+// was made durable and a sample of it read back. Forgetting a backup deletes its manifest and the records about it, and
+// nothing else; killed at any point it has forgotten the backup or has not.
 package repository

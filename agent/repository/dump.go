@@ -17,6 +17,10 @@ import (
 // for each segment, and for each chunk of those that are not all zero; of a tree a line for each entry. Everything is read as it is stored, so a damaged index
 // fails at the damage.
 func (r *Repository) Dump(ctx context.Context, out io.Writer, b Backup) error {
+	return within(ctx, func(ctx context.Context) error { return r.dump(ctx, out, b) })
+}
+
+func (r *Repository) dump(ctx context.Context, out io.Writer, b Backup) error {
 	text, err := json.MarshalIndent(b, "", "  ")
 	if err != nil {
 		return err

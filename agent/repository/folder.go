@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 	"unsafe"
 
@@ -66,6 +67,21 @@ func openFolder(_ context.Context, o *folderOptions, create bool) (blob.Storage,
 
 func (s *folderStorage) ConnectionInfo() blob.ConnectionInfo {
 	return blob.ConnectionInfo{Type: folderType, Config: &folderOptions{Path: s.RootPath}}
+}
+
+func (s *folderStorage) ListBlobs(ctx context.Context, prefix blob.ID, callback func(blob.Metadata) error) error {
+	var stopped atomic.Bool
+	err := s.Storage.ListBlobs(ctx, prefix, func(m blob.Metadata) error {
+		err := callback(m)
+		if err != nil {
+			stopped.Store(true)
+		}
+		return err
+	})
+	if stopped.Load() {
+		return err
+	}
+	return gaveUp(ctx, err)
 }
 
 func (s *folderStorage) DisplayName() string { return s.RootPath }

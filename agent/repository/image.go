@@ -32,11 +32,15 @@ type Image struct {
 const keptSegments = 64
 
 // OpenImage opens the image of a backup. A top level that is damaged or does not make up the volume is Corrupt.
-func (r *Repository) OpenImage(ctx context.Context, b Backup) (*Image, error) {
+func (r *Repository) OpenImage(ctx context.Context, b Backup) (i *Image, err error) {
 	if err := b.isImage(); err != nil {
 		return nil, err
 	}
-	return r.openImage(ctx, r.kopia.ContentReader(), b)
+	err = within(ctx, func(ctx context.Context) error {
+		i, err = r.openImage(ctx, r.kopia.ContentReader(), b)
+		return err
+	})
+	return i, err
 }
 
 // isImage is nil for the backup of a disk image.

@@ -68,7 +68,7 @@ func (l Location) create(ctx context.Context) (blob.Storage, error) {
 		if err != nil {
 			return nil, err
 		}
-		if err := l.vacant(ctx, b.impatient()); err != nil {
+		if err := l.vacant(ctx, b.impatient(60)); err != nil {
 			return nil, errors.Join(err, b.Close(ctx))
 		}
 		return b, nil
@@ -129,7 +129,7 @@ func (l Location) identify(ctx context.Context, st blob.Storage) (string, error)
 		}
 	}
 	if b, ok := st.(*bucket); ok {
-		st = b.impatient()
+		st = b.impatient(5)
 	}
 	var text blobBytes
 	err := st.GetBlob(ctx, format.KopiaRepositoryBlobID, 0, -1, &text)

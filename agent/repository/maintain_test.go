@@ -72,7 +72,7 @@ func (a *aged) forget(ids ...string) {
 	}
 }
 
-// check reads all of every backup that there must be.
+// check reads all of every backup that there must be, and looks for damage in the rest of the repository.
 func (a *aged) check() {
 	a.t.Helper()
 	found, err := a.repo.Backups(a.t.Context(), Filter{})
@@ -86,6 +86,17 @@ func (a *aged) check() {
 		if err := a.has[b.ID].check(a.t.Context(), a.repo, b); err != nil {
 			a.t.Error(err)
 		}
+	}
+	m, err := a.repo.OpenMedium(a.t.Context())
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	rot, err := m.Survey(a.t.Context())
+	if err != nil || len(rot) > 0 {
+		a.t.Errorf("a survey says: %v, %v", rot, err)
+	}
+	if err := m.Close(a.t.Context()); err != nil {
+		a.t.Fatal(err)
 	}
 }
 

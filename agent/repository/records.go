@@ -40,6 +40,10 @@ func (r *Repository) PutRecord(ctx context.Context, kind RecordKind, key string,
 
 // DeleteRecord removes a record. One that does not exist is success.
 func (r *Repository) DeleteRecord(ctx context.Context, kind RecordKind, key string) error {
+	return within(ctx, func(ctx context.Context) error { return r.deleteRecord(ctx, kind, key) })
+}
+
+func (r *Repository) deleteRecord(ctx context.Context, kind RecordKind, key string) error {
 	found, err := r.kopia.FindManifests(ctx, kind.labels(key))
 	if err != nil {
 		return r.corrupt(err)
@@ -70,7 +74,15 @@ func Record[T any](ctx context.Context, r *Repository, kind RecordKind, key stri
 	return v, found, err
 }
 
-func records[T any](ctx context.Context, r *Repository, kind RecordKind, key string) (map[string]T, error) {
+func records[T any](ctx context.Context, r *Repository, kind RecordKind, key string) (all map[string]T, err error) {
+	err = within(ctx, func(ctx context.Context) error {
+		all, err = recordsWithin[T](ctx, r, kind, key)
+		return err
+	})
+	return all, err
+}
+
+func recordsWithin[T any](ctx context.Context, r *Repository, kind RecordKind, key string) (map[string]T, error) {
 	found, err := r.kopia.FindManifests(ctx, kind.labels(key))
 	if err != nil {
 		return nil, r.corrupt(err)
@@ -93,7 +105,9 @@ func records[T any](ctx context.Context, r *Repository, kind RecordKind, key str
 
 // session changes manifests and makes that durable.
 func (r *Repository) session(ctx context.Context, purpose string, change func(context.Context, repo.RepositoryWriter) error) error {
-	err := repo.WriteSession(ctx, r.kopia, repo.WriteSessionOptions{Purpose: "stillpoint " + purpose}, change)
+	err := within(ctx, func(ctx context.Context) error {
+		return repo.WriteSession(ctx, r.kopia, repo.WriteSessionOptions{Purpose: "stillpoint " + purpose}, change)
+	})
 	if fault.KindOf(err) == fault.Internal {
 		return r.at.fault("writing to", err)
 	}

@@ -82,6 +82,10 @@ const (
 // Init creates an empty repository. A folder is made if it is not there, a bucket is not. Busy if there is a repository
 // already, Invalid if there is anything else, the location is wrong or an option is out of range.
 func Init(ctx context.Context, at Location, passphrase adapters.Secret, o Options) error {
+	return within(ctx, func(ctx context.Context) error { return create(ctx, at, passphrase, o) })
+}
+
+func create(ctx context.Context, at Location, passphrase adapters.Secret, o Options) error {
 	o.ChunkSize = cmp.Or(o.ChunkSize, DefaultChunkSize)
 	if o.ChunkSize < MinChunkSize || o.ChunkSize > MaxChunkSize || bits.OnesCount64(uint64(o.ChunkSize)) != 1 {
 		return fault.Errorf(fault.Invalid, "chunk size %d: must be a power of two from %d to %d", o.ChunkSize, MinChunkSize, MaxChunkSize)
@@ -139,7 +143,15 @@ func hostOr(name string) (string, error) {
 
 // Open opens a repository that Init made. NotFound if there is none, Invalid if the passphrase is wrong or the
 // repository is not one of ours.
-func Open(ctx context.Context, at Location, passphrase adapters.Secret, o OpenOptions) (*Repository, error) {
+func Open(ctx context.Context, at Location, passphrase adapters.Secret, o OpenOptions) (r *Repository, err error) {
+	err = within(ctx, func(ctx context.Context) error {
+		r, err = open(ctx, at, passphrase, o)
+		return err
+	})
+	return r, err
+}
+
+func open(ctx context.Context, at Location, passphrase adapters.Secret, o OpenOptions) (*Repository, error) {
 	var err error
 	if o.Host, err = hostOr(o.Host); err != nil {
 		return nil, err
@@ -231,7 +243,8 @@ func connect(ctx context.Context, at Location, medium blob.Storage, passphrase a
 
 // Close releases everything. No call may be under way, and none may follow.
 func (r *Repository) Close(ctx context.Context) error {
-	return r.at.fault("closing", errors.Join(r.kopia.Close(ctx), r.medium.Close(ctx)))
+	err := within(ctx, r.kopia.Close)
+	return r.at.fault("closing", errors.Join(err, r.medium.Close(ctx)))
 }
 
 // Remote is the name that handles of this repository's backups begin with.

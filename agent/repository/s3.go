@@ -9,6 +9,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/minio/minio-go/v7/pkg/s3utils"
+
 	"stillpoint.io/stillpoint/adapters"
 	"stillpoint.io/stillpoint/fault"
 )
@@ -35,8 +37,8 @@ type S3 struct {
 	Cache     string
 	CacheSize int64 // bytes that the copies of one repository may take, DefaultCacheSize if 0
 
-	// Patience is how long a call goes on trying while the store is out of reach or overloaded, DefaultPatience if 0. All
-	// waits in between are in proportion to it.
+	// Patience is how long a call goes on trying while the store is out of reach or overloaded, DefaultPatience if 0; a fifth
+	// of it when a repository is opened, a sixtieth when one is made. All waits in between are in proportion to it.
 	Patience time.Duration
 }
 
@@ -112,6 +114,8 @@ func (s *S3) check() error {
 	switch {
 	case s.Bucket == "":
 		return fault.Errorf(fault.Invalid, "S3 endpoint %s: the bucket is not named", s.Endpoint)
+	case s3utils.CheckValidBucketName(s.Bucket) != nil:
+		return bad("%q cannot be a bucket's name: it has 3 to 63 of [a-z0-9.-] (and capitals and _ in old ones)", s.Bucket)
 	case strings.HasPrefix(s.Prefix, "/") || strings.Contains(s.Prefix, "//"):
 		return bad("a prefix does not begin with a / and has no empty part")
 	case s.AccessKey.Reveal() == "" || s.SecretKey.Reveal() == "":

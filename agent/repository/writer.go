@@ -66,9 +66,11 @@ func (w *Writer) begin(ctx context.Context) (*session, error) {
 		s.list[0] = p
 		b := argument(m.WriteContent)
 		b.Slices = s.list[:]
+		ctx, end := Operation(ctx)
+		defer end()
 		id, err := m.WriteContent(ctx, b, prefix, comp)
 		s.list[0] = nil
-		return id, w.r.at.fault("writing to", err)
+		return id, w.r.at.fault("writing to", reason(ctx, err))
 	}
 	return s, nil
 }
@@ -97,7 +99,7 @@ func (w *Writer) has(ctx context.Context, id content.ID) bool {
 
 // Close ends the session. Without a Commit nothing of it will ever be seen, except by who continues from a checkpoint.
 func (w *Writer) Close(ctx context.Context) error {
-	return w.r.at.fault("closing", w.current.kopia.Close(ctx))
+	return w.r.at.fault("closing", within(ctx, w.current.kopia.Close))
 }
 
 // Stored is how many bytes went to the repository so far, compressed and with indexes.
@@ -121,9 +123,17 @@ func (w *Writer) Write(ctx context.Context, p []byte) (c Chunk, fresh bool, err 
 		return Chunk{}, false, err
 	}
 	// The repository's own view does not see what this session has not flushed.
-	info, err := w.r.kopia.ContentInfo(ctx, c.id)
-	known := err == nil && !info.Deleted
-	return c, !known && w.fresh.add(c), nil
+	return c, !has(ctx, w.r.kopia, c.id) && w.fresh.add(c), nil
+}
+
+// has says whether a content is known to be there.
+func has(ctx context.Context, k interface {
+	ContentInfo(ctx context.Context, id content.ID) (content.Info, error)
+}, id content.ID) bool {
+	ctx, end := Operation(ctx)
+	defer end()
+	info, err := k.ContentInfo(ctx, id)
+	return err == nil && !info.Deleted
 }
 
 // WriteZero stores length zero bytes, at most the chunk size, if the repository has them not yet.
@@ -267,7 +277,7 @@ func (p Part) store(ctx context.Context, r *Repository, s *session) (ImageID, er
 	}
 	index, err := out.Result()
 	if err != nil {
-		return ImageID{}, r.at.fault("writing to", err)
+		return ImageID{}, r.at.fault("writing to", reason(ctx, err))
 	}
 	return parseImageID("I" + index.String())
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"strings"
@@ -34,7 +35,7 @@ func commitEmpty(t *testing.T, r *repository.Repository, volume, id string, at t
 	b, err := w.Commit(t.Context(), repository.Backup{
 		ID: id, Volume: v, Snapshot: adapters.SnapshotID{Volume: v, Name: id}, Kind: repository.Full, Size: r.ChunkSize(),
 		ChunkSize: r.ChunkSize(), Created: at, Started: at, Finished: at, Image: image,
-	}, nil)
+	}, func(context.Context, *repository.Image) error { return nil })
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -172,13 +172,23 @@ func (a *app) verify(ctx context.Context, m *meter, q backup.VerifyRequest) erro
 		subject = q.IDs[0]
 	}
 	var said []error
-	q.Each = func(r backup.VerifyReport) { said = append(said, a.printVerified(r)) }
+	var later []backup.VerifyReport // a bar and lines that come meanwhile do not go together
+	q.Each = func(r backup.VerifyReport) {
+		if m.bars != nil {
+			later = append(later, r)
+			return
+		}
+		said = append(said, a.printVerified(r))
+	}
 	var summary backup.VerifySummary
 	err := m.run("verify", subject, func(p *backup.Progress) (err error) {
 		q.Progress = p
 		summary, err = backup.VerifyAll(ctx, q)
 		return err
 	})
+	for _, r := range later {
+		said = append(said, a.printVerified(r))
+	}
 	for _, rot := range summary.Rot {
 		if a.json {
 			said = append(said, a.printJSON(map[string]string{"rot": rot}))

@@ -43,7 +43,7 @@ type Cluster struct {
 func Start(ctx context.Context, o Options) (*Cluster, error) {
 	for _, program := range []string{"ceph-mon", "ceph-mgr", "ceph-osd", "ceph"} {
 		if _, err := exec.LookPath(program); err != nil {
-			return nil, fmt.Errorf("Ceph is not installed: %w; `make test` installs it", err)
+			return nil, fmt.Errorf("a program of Ceph is missing: %w; `make test` installs it", err)
 		}
 	}
 	parent, err := os.MkdirTemp("", "ceph-")
