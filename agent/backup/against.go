@@ -45,6 +45,9 @@ func VerifyAgainst(ctx context.Context, q AgainstRequest) (report AgainstReport,
 	if err != nil {
 		return report, err
 	}
+	if b.Form == adapters.TreeForm {
+		return report, fault.Errorf(fault.Unsupported, "backup %s is of a tree of files, which is not compared with a snapshot", b.Handle)
+	}
 	found, err := q.Adapter.Snapshot(ctx, q.Snapshot)
 	if err != nil {
 		return report, err

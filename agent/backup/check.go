@@ -68,7 +68,10 @@ func (c *checker) backup(ctx context.Context, b repository.Backup) (f finding, e
 		return f, err
 	}
 	if b.Form == adapters.TreeForm {
-		return c.tree(ctx, b, f)
+		description := f.hurts
+		f, err := c.tree(ctx, b)
+		f.hurts = append(f.hurts, description...)
+		return f, err
 	}
 	image, err := c.m.OpenImage(ctx, b)
 	if fault.KindOf(err) == fault.Corrupt {

@@ -29,7 +29,12 @@ func (h *healing) one(ctx context.Context, b repository.Backup, hurt Hurt) (ok b
 	switch hurt.Part {
 	case DescriptionPart:
 		return h.description(ctx, b)
+	case FilePart, DirectoryPart:
+		return false, "files and directories of trees are not stored again: forget the backups that are hurt, repair --all, and back the volume up again", nil
 	case TopPart:
+		if b.Form == adapters.TreeForm {
+			return false, "the root of a tree is not stored again", nil
+		}
 		return h.top(ctx, b)
 	case SegmentPart, ZerosPart, ChunkPart:
 	}

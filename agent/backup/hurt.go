@@ -40,8 +40,8 @@ func (h Hurt) String() string {
 		return "its description: " + h.Why
 	case ZerosPart:
 		return "what stands for zeros, which a restore by kopia needs: " + h.Why
-	case FilePart:
-		return fmt.Sprintf("%d bytes of %s", h.Length, h.Why)
+	case FilePart, DirectoryPart:
+		return fmt.Sprintf("%d bytes of the %s %s", h.Length, h.Part, h.Why)
 	case ChunkPart:
 		return fmt.Sprintf("%d bytes at %d: %s", h.Length, h.Offset, h.Why)
 	}
@@ -94,8 +94,13 @@ func (c *checker) hurts(ctx context.Context, image *repository.Image) ([]Hurt, e
 // known finds what hurts a backup of what is known to be bad, without reading its chunks.
 func (c *checker) known(ctx context.Context, b repository.Backup) ([]Hurt, error) {
 	if b.Form == adapters.TreeForm {
-		f, err := c.backup(ctx, b)
-		return f.hurts, err
+		t, err := c.m.OpenTree(ctx, b)
+		if fault.KindOf(err) == fault.Corrupt {
+			return []Hurt{{Part: TopPart, Length: b.Size, Why: err.Error()}}, nil
+		} else if err != nil {
+			return nil, err
+		}
+		return c.treeHurts(ctx, t)
 	}
 	image, err := c.m.OpenImage(ctx, b)
 	if fault.KindOf(err) == fault.Corrupt {

@@ -27,8 +27,7 @@ type Plan struct {
 	Unfinished *repository.Checkpoint // what an interrupted run of this backup left
 	Resume     *repository.Checkpoint // the same, if it is worth continuing
 
-	Walk bool // of a tree: look at everything that the backend calls unchanged, too
-
+	Walk  bool        // of a tree: look at everything that the backend calls unchanged, too
 	facts audit.Facts // what the backend was judged by
 }
 
@@ -114,15 +113,18 @@ func MakePlan(f Facts) (Plan, error) {
 		return p, nil
 	}
 	p.Kind, p.Reason = repository.Incremental, "since "+p.Base.Handle.String()
-	f.judgeBase(&p)
 	if p.Walk = p.Base.Form == adapters.TreeForm && p.Base.Believed+1 >= walkEvery; p.Walk {
 		p.Reason += ", looking at every file"
 	}
+	f.judgeBase(&p)
 	return p, nil
 }
 
 // judge lets the quirk table have its say.
 func (p *Plan) judge() {
+	if p.Snapshot.Form == adapters.TreeForm {
+		return // it is about blocks
+	}
 	for _, f := range audit.Judge(p.facts) {
 		switch f.Verdict {
 		case audit.Whole, audit.Full:

@@ -183,7 +183,7 @@ func (p *repairer) examine(ctx context.Context, chosen, everybody []repository.B
 func (p *repairer) hidden() bool {
 	for _, s := range p.order {
 		for _, h := range s.hurts {
-			if h.Part == TopPart || h.Part == SegmentPart || h.Part == FilePart {
+			if h.Part == TopPart || h.Part == SegmentPart || h.Part == DirectoryPart {
 				return true
 			}
 		}

@@ -102,7 +102,10 @@ func (q ScrubRequest) choose(ctx context.Context) (repository.Backup, adapters.S
 	}
 	there := func(b repository.Backup) bool {
 		s, ok := present[b.Snapshot]
-		return ok && isOf(b, s) && s.Size == b.Size && s.State == adapters.Ready && s.Mark == adapters.Verified && b.ChunkSize == q.Repository.ChunkSize()
+		return ok && isOf(b, s) && b.Form == adapters.BlockForm && s.Size == b.Size && s.State == adapters.Ready && s.Mark == adapters.Verified && b.ChunkSize == q.Repository.ChunkSize()
+	}
+	if len(all) > 0 && all[0].Form == adapters.TreeForm {
+		return repository.Backup{}, adapters.Snapshot{}, fault.Errorf(fault.Unsupported, "volume %s is a tree of files: its backups look at every file by themselves, every %d. one", q.Volume, walkEvery)
 	}
 	newest := slices.IndexFunc(all, there)
 	if newest < 0 {

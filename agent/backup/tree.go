@@ -101,6 +101,9 @@ func runTree(ctx context.Context, q Request, p Plan, started time.Time, report *
 			b.Believed = p.Base.Believed + 1
 		}
 	}
+	if err := sameSnapshots(ctx, q.Adapter, p); err != nil {
+		return made, err
+	}
 	made, err = g.w.CommitTree(ctx, b, root, g.written.chosen)
 	report.BytesStored += g.w.Stored()
 	return made, err

@@ -117,7 +117,7 @@ func (g *grower) auditFile(ctx context.Context, was placed, most int64) (read in
 		}
 		read += length
 		g.audited.Add(length)
-		same, err := fileHolds(ctx, old, g.r, b.p[:length], off)
+		same, err := sameChunk(ctx, old, g.r, b.p[:length], off)
 		if err != nil {
 			return read, baseFault(ctx, err)
 		}
@@ -128,9 +128,9 @@ func (g *grower) auditFile(ctx context.Context, was placed, most int64) (read in
 	return read, nil
 }
 
-// fileHolds reports whether a file in the repository has these bytes, a chunk's, at an offset. Nothing but indexes is read for
+// sameChunk reports whether a file in the repository has these bytes, a chunk's, at an offset. Nothing but indexes is read for
 // it: a chunk's name is its digest.
-func fileHolds(ctx context.Context, f adapters.File, r *repository.Repository, p []byte, off int64) (bool, error) {
+func sameChunk(ctx context.Context, f adapters.File, r *repository.Repository, p []byte, off int64) (bool, error) {
 	c, err := repository.ChunkAt(ctx, f, off)
 	return c == r.ChunkOf(p), err
 }

@@ -27,14 +27,14 @@ func (s Source) isTree(ctx context.Context) (bool, error) {
 }
 
 // openTree opens a source that is one, and says how it is called, and what a restore of it is named by.
-func (s Source) openTree(ctx context.Context, insist bool) (t adapters.Tree, handle, token string, err error) {
+func (s Source) openTree(ctx context.Context, suspect bool) (t adapters.Tree, handle, token string, err error) {
 	if s.repository != nil {
 		b, err := s.repository.Backup(ctx, s.backup)
 		if err != nil {
 			return nil, "", "", err
 		}
-		if err := suspected(b.Suspect, insist); err != nil {
-			return nil, "", "", fmt.Errorf("backup %s: %w", b.Handle, err)
+		if b.Suspect != "" && !suspect {
+			return nil, "", "", fault.Errorf(fault.Corrupt, "backup %s is suspect: %s; insist on it with --suspect, or restore another", b.Handle, b.Suspect)
 		}
 		t, err := s.repository.OpenTree(ctx, b)
 		if err != nil {
@@ -77,7 +77,7 @@ func restoreTree(ctx context.Context, q RestoreRequest) (report RestoreReport, e
 		return RestoreReport{Source: handle, Volume: q.place()}, to.Abort(ctx)
 	}
 	p := &planter{from: from, to: to, progress: q.Progress, chunk: chunkOf(q.Source), links: map[uint64]string{}}
-	p.pool = newPool(q.Budget, max(p.chunk, 1<<20), max(p.chunk, 1<<20)+fileMemory(p.chunk))
+	p.pool = q.Source.pool(q.Budget)
 	defer p.pool.Close()
 	p.spare = make(chan struct{}, p.pool.workers()-1)
 	if p.progress == nil {
@@ -100,6 +100,13 @@ func restoreTree(ctx context.Context, q RestoreRequest) (report RestoreReport, e
 		report.Volume = v.ID.String()
 	}
 	return report, nil
+}
+
+func (s Source) pool(b Budget) *Pool {
+	if s.repository != nil {
+		return readPool(b, s.repository)
+	}
+	return newPool(b, chunkOf(s), chunkOf(s)+checkMemory(chunkOf(s)))
 }
 
 func chunkOf(s Source) int64 {

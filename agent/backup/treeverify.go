@@ -2,6 +2,7 @@ package backup
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math"
 	"sync"
@@ -12,135 +13,141 @@ import (
 	"stillpoint.io/stillpoint/fault"
 )
 
-// tree is checker.backup for a tree: it reads every directory and every file. A directory that cannot be read counts with
-// all below it.
-func (c *checker) tree(ctx context.Context, b repository.Backup, f finding) (finding, error) {
-	v := &treeVerifier{checker: c, pool: newPool(Budget{Workers: c.workers, Memory: math.MaxInt64}, c.m.Repository().ChunkSize(), 1)}
-	defer v.pool.Close()
-	v.spare = make(chan struct{}, v.pool.workers()-1)
-	if err := v.run(ctx, b); err != nil {
+// Parts of a tree that may be hurt.
+const (
+	FilePart      Part = "file"
+	DirectoryPart Part = "directory" // with all below it
+)
+
+// tree looks at every directory and every file of a tree: at contents that were not looked at before first, and if
+// anything is bad by now, once more at what it is part of.
+func (c *checker) tree(ctx context.Context, b repository.Backup) (f finding, err error) {
+	t, err := c.m.OpenTree(ctx, b)
+	if fault.KindOf(err) == fault.Corrupt {
+		c.progress.Done.Add(b.Data)
+		return finding{hurts: []Hurt{{Part: TopPart, Length: b.Size, Why: err.Error()}}}, nil
+	} else if err != nil {
 		return f, err
 	}
-	f.data, f.read = v.verified.Load(), v.verified.Load()
-	f.hurts = append(v.hurts, f.hurts...)
-	return f, nil
+	first := c.walker(t)
+	if _, err := first.directory(ctx, "", t.Root()); err != nil {
+		return f, err
+	}
+	f.data, f.read = b.Data, first.read.Load()
+	if len(first.hurts) > 0 || len(c.bad) > 0 {
+		f.hurts, err = c.treeHurts(ctx, t)
+	}
+	return f, err
 }
 
-type treeVerifier struct {
+// treeHurts finds what in a tree is hurt by what is known to be bad. It reads directories only.
+func (c *checker) treeHurts(ctx context.Context, t *repository.Tree) ([]Hurt, error) {
+	second := c.walker(t)
+	second.known = true
+	_, err := second.directory(ctx, "", t.Root())
+	return second.hurts, err
+}
+
+func (c *checker) walker(t *repository.Tree) *treeWalker {
+	return &treeWalker{checker: c, t: t, spare: make(chan struct{}, max(0, c.workers-1))}
+}
+
+// treeWalker is one look at a tree.
+type treeWalker struct {
 	*checker
-	tree     *repository.Tree
-	pool     *Pool
-	spare    chan struct{} // of goroutines that may be started
-	verified atomic.Int64
+	t     *repository.Tree
+	spare chan struct{} // of goroutines that may be started
+	known bool          // read no contents, tell what is known
+	read  atomic.Int64
 
-	mu    sync.Mutex
-	hurts []Hurt
+	hurtsMu sync.Mutex
+	hurts   []Hurt
 }
 
-// run returns an error only if the verification could not be done.
-func (c *treeVerifier) run(ctx context.Context, b repository.Backup) (err error) {
-	if c.tree, err = c.m.OpenTree(ctx, b); err != nil {
-		return c.bad(err, "", b.Size)
-	}
-	counted, err := c.directory(ctx, "", c.tree.Root())
-	if err == nil && counted != b.Count && c.clean() {
-		err = c.bad(fault.Errorf(fault.Corrupt, "the tree has %+v, its description says %+v", counted, b.Count), "", 0)
-	}
-	return err
-}
-
-// directory verifies what is in a directory, and counts it.
-func (c *treeVerifier) directory(ctx context.Context, path string, dir repository.TreeEntry) (repository.Count, error) {
-	counted := repository.Count{Entries: 1}
-	var jobs work
-	for e, err := range c.tree.Below(ctx, dir) {
-		if err != nil {
-			if err = c.bad(err, path, dir.Count().Bytes-counted.Bytes); err != nil {
-				return counted, err
-			}
-			break
-		}
-		at := join(path, e.Name)
-		n := e.Count()
-		counted = repository.Count{Entries: counted.Entries + n.Entries, Files: counted.Files + n.Files, Bytes: counted.Bytes + n.Bytes}
-		jobs.do(c.spare, func() error { return c.entry(ctx, at, e) })
-	}
-	if err := jobs.wait(); err != nil {
-		return counted, err
-	}
-	return counted, nil
-}
-
-func (c *treeVerifier) entry(ctx context.Context, path string, e repository.TreeEntry) error {
-	switch e.Type {
-	case adapters.Directory:
-		counted, err := c.directory(ctx, path, e)
-		if err == nil && counted != e.Count() && c.clean() {
-			err = c.bad(fault.Errorf(fault.Corrupt, "it has %+v, its entry says %+v", counted, e.Count()), path, 0)
-		}
-		return err
-	case adapters.RegularFile:
-		return c.bad(c.file(ctx, e), path, e.Size)
-	case adapters.Symlink:
-		text, err := c.tree.Text(ctx, e)
-		if err == nil && text != e.Target {
-			err = fault.Errorf(fault.Corrupt, "it leads to %q for kopia, and to %q", text, e.Target)
-		}
-		return c.bad(err, path, 0)
-	}
-	return nil
-}
-
-// clean says that nothing wrong was found so far: counts that differ because of it are not another fault.
-func (c *treeVerifier) clean() bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return len(c.hurts) == 0
-}
-
-// bad notes a fault of the backup, and returns an error that is not one. Length is what cannot be restored because of it.
-func (c *treeVerifier) bad(err error, path string, length int64) error {
+// hurt notes a fault of the backup, and returns an error that is not one.
+func (w *treeWalker) hurt(err error, part Part, path string, length int64) error {
 	if err == nil || fault.KindOf(err) != fault.Corrupt {
 		return err
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.hurts = append(c.hurts, Hurt{Part: FilePart, Length: length, Why: fmt.Sprintf("%q: %v", path, err)})
+	w.hurtsMu.Lock()
+	defer w.hurtsMu.Unlock()
+	w.hurts = append(w.hurts, Hurt{Part: part, Length: length, Why: fmt.Sprintf("%q: %v", path, err), data: length})
 	return nil
 }
 
-// file reads every chunk of a file.
-func (c *treeVerifier) file(ctx context.Context, e repository.TreeEntry) error {
-	f, err := c.tree.Open(ctx, e)
-	if err != nil {
-		return err
+// directory looks at a directory and all below it, and counts it.
+func (w *treeWalker) directory(ctx context.Context, path string, dir repository.TreeEntry) (repository.Count, error) {
+	counted := repository.Count{Entries: 1}
+	if err := w.contents(ctx, dir); err != nil {
+		return dir.Count(), w.hurt(err, DirectoryPart, path, dir.Count().Bytes)
 	}
-	defer f.Close()
-	b, err := c.pool.take(ctx)
-	if err != nil {
-		return err
-	}
-	defer c.pool.give(b)
-	chunk := c.m.Repository().ChunkSize()
-	defer c.progress.Done.Add(e.Size)
-	for x, err := range f.Extents(ctx) {
+	var jobs work
+	var whole error
+	for e, err := range w.t.Below(ctx, dir) {
 		if err != nil {
-			return err
+			whole = w.hurt(err, DirectoryPart, path, dir.Count().Bytes-counted.Bytes)
+			counted = dir.Count() // one fault is enough
+			break
 		}
-		for off := x.Offset; !x.Zero && off < x.End(); off += chunk {
-			n := min(chunk, x.End()-off)
-			if c.quick {
-				k, err := repository.ChunkAt(ctx, f, off)
-				if err == nil {
-					err = c.m.Locate(ctx, k)
-				}
-				if err != nil {
-					return err
-				}
-			} else if _, err := f.ReadAt(ctx, b.p[:n], off); err != nil {
+		at, n := join(path, e.Name), e.Count()
+		counted = repository.Count{Entries: counted.Entries + n.Entries, Files: counted.Files + n.Files, Bytes: counted.Bytes + n.Bytes}
+		jobs.do(w.spare, func() error { return w.entry(ctx, at, e) })
+	}
+	return counted, errors.Join(jobs.wait(), whole)
+}
+
+func (w *treeWalker) entry(ctx context.Context, path string, e repository.TreeEntry) error {
+	switch e.Type {
+	case adapters.Directory:
+		counted, err := w.directory(ctx, path, e)
+		if err == nil && counted != e.Count() {
+			err = w.hurt(fault.Errorf(fault.Corrupt, "it has %+v, its entry says %+v", counted, e.Count()), DirectoryPart, path, 0)
+		}
+		return err
+	case adapters.RegularFile:
+		err := w.contents(ctx, e)
+		if err == nil && !w.known {
+			err = w.t.Fits(ctx, e)
+		}
+		if !w.known {
+			w.progress.Done.Add(e.Size)
+		}
+		return w.hurt(err, FilePart, path, e.Size)
+	case adapters.Symlink:
+		err := w.contents(ctx, e)
+		if err == nil && !w.quick {
+			var text string
+			if text, err = w.t.Text(ctx, e); err == nil && text != e.Target {
+				err = fault.Errorf(fault.Corrupt, "it leads to %q for kopia, and to %q", text, e.Target)
+			}
+		}
+		return w.hurt(err, FilePart, path, 0)
+	}
+	return w.hurt(w.contents(ctx, e), FilePart, path, 0)
+}
+
+// contents looks at the contents that hold an entry, as far as nobody did before.
+func (w *treeWalker) contents(ctx context.Context, e repository.TreeEntry) error {
+	all, err := w.t.Contents(ctx, e)
+	if err != nil {
+		return err
+	}
+	for _, k := range all {
+		w.mu.Lock()
+		why, bad := w.bad[k]
+		fresh := !w.known && w.seen.Add(k)
+		w.mu.Unlock()
+		if fresh {
+			n, err := w.m.Check(ctx, k, w.quick)
+			if fault.KindOf(err) == fault.Corrupt {
+				w.spoilt(k, err)
+			}
+			if err != nil {
 				return err
 			}
-			c.verified.Add(n)
+			w.read.Add(n)
+		} else if bad {
+			return fault.Errorf(fault.Corrupt, "%s", why)
 		}
 	}
 	return nil

@@ -34,6 +34,9 @@ func OldestUnaudited(ctx context.Context, r *repository.Repository) ([]Unaudited
 			continue
 		}
 		seen[b.Volume] = true
+		if b.Form == adapters.TreeForm {
+			continue // looked at as a whole every now and then, by its backups
+		}
 		known, err := loadAudited(ctx, r, b.Volume)
 		if err != nil {
 			return nil, err

@@ -85,7 +85,7 @@ type Backup struct {
 
 	manifest manifest.ID
 	root     object.ID
-	tree     *TreeEntry // the root of a tree that is being committed
+	tree     *TreeEntry // of a tree: its root
 }
 
 // description is a Backup in JSON: volume.json, the manifest's tag, and what `stillpoint backups --json` prints.
@@ -109,10 +109,8 @@ type description struct {
 	Consistency  adapters.Consistency `json:"consistency,omitempty"`
 	Unverified   []string             `json:"unverified,omitempty"`
 	Image        *ImageID             `json:"image,omitempty"`
-	Form         string               `json:"form,omitempty"` // "tree", with the three below; of a disk image nothing
-	Tree         *TreeID              `json:"tree,omitempty"`
-	Entries      int64                `json:"entries,omitempty"` // files, directories, links and all
-	Files        int64                `json:"files,omitempty"`
+	Form         string               `json:"form,omitempty"` // "tree", with the two below; of a disk image nothing
+	Tree         *treeEntry           `json:"tree,omitempty"` // as it is in the directory beside volume.json
 	Believed     int                  `json:"believed,omitempty"`
 
 	// Of a listing, not stored:
@@ -129,7 +127,11 @@ func (b Backup) MarshalJSON() ([]byte, error) {
 		Cut: b.Cut, Consistency: b.Consistency, Unverified: b.Unverified,
 	}
 	if b.Form == adapters.TreeForm {
-		d.Form, d.Tree, d.Entries, d.Files, d.Believed = b.Form.String(), &b.Tree, b.Count.Entries, b.Count.Files, b.Believed
+		tree, err := b.tree.json()
+		if err != nil {
+			return nil, err
+		}
+		d.Form, d.Tree, d.Believed = b.Form.String(), &tree, b.Believed
 	} else {
 		d.Image = &b.Image
 	}
@@ -163,7 +165,11 @@ func (b *Backup) UnmarshalJSON(p []byte) error {
 	}
 	switch {
 	case d.Form == adapters.TreeForm.String() && d.Tree != nil:
-		b.Form, b.Tree, b.Count, b.Believed = adapters.TreeForm, *d.Tree, Count{d.Entries, d.Files, d.Size}, d.Believed
+		tree, err := d.Tree.entry()
+		if err != nil || tree.summary == nil {
+			return fault.Errorf(fault.Corrupt, "its tree is not one: %w", err)
+		}
+		b.Form, b.tree, b.Tree, b.Count, b.Believed = adapters.TreeForm, &tree, TreeID{tree.object}, tree.Count(), d.Believed
 	case d.Form == "" && d.Image != nil:
 		b.Image = *d.Image
 	default:

@@ -33,15 +33,19 @@ const (
 // read back the same way. An error of check is returned and nothing is committed. If another process committed the same
 // id meanwhile, its backup is returned when it is of the same snapshot, and the error is Busy when it is not.
 func (w *Writer) Commit(ctx context.Context, b Backup, check func(ctx context.Context, back *Image) error) (got Backup, err error) {
+	return w.commit(ctx, b, func(ctx context.Context, back *reader, b Backup) error { return back.check(ctx, b, check) })
+}
+
+// commit commits with whatever check there is of what was read back.
+func (w *Writer) commit(ctx context.Context, b Backup, check func(context.Context, *reader, Backup) error) (got Backup, err error) {
 	err = within(ctx, func(ctx context.Context) error {
-		got, err = w.commit(ctx, b, func(back *reader, b Backup) error { return back.check(ctx, b, check) })
+		got, err = w.commitWithin(ctx, b, check)
 		return err
 	})
 	return got, err
 }
 
-// commit commits with whatever check there is of what was read back.
-func (w *Writer) commit(ctx context.Context, b Backup, check func(*reader, Backup) error) (Backup, error) {
+func (w *Writer) commitWithin(ctx context.Context, b Backup, check func(context.Context, *reader, Backup) error) (Backup, error) {
 	s := w.use()
 	defer s.users.Done()
 	m, err := w.r.describe(ctx, s, &b)
@@ -56,7 +60,7 @@ func (w *Writer) commit(ctx context.Context, b Backup, check func(*reader, Backu
 		return Backup{}, err
 	}
 	defer back.close(ctx)
-	if err := check(back, b); err != nil {
+	if err := check(ctx, back, b); err != nil {
 		return Backup{}, fmt.Errorf("reading back backup %s: %w", b.ID, err)
 	}
 	if err := w.confirm(ctx, s, back, b); err != nil {

@@ -56,11 +56,11 @@ func (w *Writer) confirm(ctx context.Context, s *session, back *reader, b Backup
 		return w.r.corrupt(err)
 	}
 	c := confirmation{s: s, from: back.contents, packs: map[blob.ID]bool{}}
-	look := c.image
+	confirm := c.image
 	if b.Form == adapters.TreeForm {
-		look = c.tree
+		confirm = c.tree
 	}
-	err := w.r.at.fault("confirming a backup in", look(ctx, w.r, back, b))
+	err := w.r.at.fault("confirming a backup in", confirm(ctx, w.r, back, b))
 	if err == nil {
 		err = c.check(ctx, w.r)
 	}
@@ -125,7 +125,7 @@ func (c *confirmation) image(ctx context.Context, r *Repository, back *reader, b
 	return readers.Wait()
 }
 
-// tree confirms the contents of a tree: of every directory and every file, each distinct object once.
+// tree confirms every directory and every file of a tree, each distinct one once.
 func (c *confirmation) tree(ctx context.Context, r *Repository, back *reader, b Backup) error {
 	t, err := r.openTree(ctx, back.contents, b)
 	if err != nil {
@@ -136,35 +136,36 @@ func (c *confirmation) tree(ctx context.Context, r *Repository, back *reader, b 
 			return err
 		}
 	}
-	return c.entry(ctx, r, t, t.root, map[object.ID]bool{})
-}
-
-func (c *confirmation) entry(ctx context.Context, r *Repository, t *Tree, e TreeEntry, seen map[object.ID]bool) error {
-	if seen[e.object] {
-		return nil
-	}
-	seen[e.object] = true
-	ids, err := object.VerifyObject(ctx, c.from.(objectReader), e.object)
-	if err != nil {
-		return r.corrupt(err)
-	}
-	for _, id := range ids {
-		if err := c.content(ctx, id); err != nil {
-			return err
+	seen := map[object.ID]bool{}
+	var entry func(e TreeEntry) error
+	entry = func(e TreeEntry) error {
+		if seen[e.object] {
+			return nil
 		}
-	}
-	if e.Type != adapters.Directory {
-		return nil
-	}
-	for child, err := range t.Below(ctx, e) {
-		if err == nil {
-			err = c.entry(ctx, r, t, child, seen)
-		}
+		seen[e.object] = true
+		ids, err := object.VerifyObject(ctx, back.contents, e.object)
 		if err != nil {
-			return err
+			return r.corrupt(err)
 		}
+		for _, id := range ids {
+			if err := c.content(ctx, id); err != nil {
+				return err
+			}
+		}
+		if e.Type != adapters.Directory {
+			return nil
+		}
+		for child, err := range t.Below(ctx, e) {
+			if err == nil {
+				err = entry(child)
+			}
+			if err != nil {
+				return err
+			}
+		}
+		return nil
 	}
-	return nil
+	return entry(t.root)
 }
 
 func (c *confirmation) content(ctx context.Context, id content.ID) error {

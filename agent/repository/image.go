@@ -33,14 +33,22 @@ const keptSegments = 64
 
 // OpenImage opens the image of a backup. A top level that is damaged or does not make up the volume is Corrupt.
 func (r *Repository) OpenImage(ctx context.Context, b Backup) (i *Image, err error) {
-	if b.Form != adapters.BlockForm {
-		return nil, fault.Errorf(fault.Invalid, "backup %s is of a tree of files and has no image", b.ID)
+	if err := b.isImage(); err != nil {
+		return nil, err
 	}
 	err = within(ctx, func(ctx context.Context) error {
 		i, err = r.openImage(ctx, r.kopia.ContentReader(), b)
 		return err
 	})
 	return i, err
+}
+
+// isImage is nil for the backup of a disk image.
+func (b Backup) isImage() error {
+	if b.Form != adapters.BlockForm {
+		return fault.Errorf(fault.Unsupported, "backup %s is of a tree of files and has no image", b.ID)
+	}
+	return nil
 }
 
 // objectReader is what kopia's object package reads from.

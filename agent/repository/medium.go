@@ -81,12 +81,25 @@ func (m *Medium) Backups(ctx context.Context) ([]Backup, error) {
 
 // OpenImage opens a backup's image. Its top level has been read and checked then.
 func (m *Medium) OpenImage(ctx context.Context, b Backup) (*Image, error) {
+	if err := b.isImage(); err != nil {
+		return nil, err
+	}
 	return m.r.openImage(ctx, m.back.contents, b)
 }
 
 // OpenTree opens a backup's tree.
 func (m *Medium) OpenTree(ctx context.Context, b Backup) (*Tree, error) {
 	return m.r.openTree(ctx, m.back.contents, b)
+}
+
+// Check reads a content and makes sure that it is what its name says. quick is satisfied if it is there, as in Locate. It
+// returns how many bytes it read.
+func (m *Medium) Check(ctx context.Context, c Chunk, quick bool) (int64, error) {
+	if _, err := m.locate(ctx, c.id); err != nil || quick {
+		return 0, err
+	}
+	p, err := m.r.read(ctx, m.back.contents, c.id)
+	return int64(len(p)), err
 }
 
 // CheckDescription is Repository.CheckDescription on the medium.

@@ -15,6 +15,8 @@ import (
 	"github.com/kopia/kopia/repo/manifest"
 	"github.com/kopia/kopia/repo/object"
 	"github.com/kopia/kopia/snapshot"
+
+	"stillpoint.io/stillpoint/adapters"
 )
 
 // manifests takes the contents with manifests that cannot be read out of the index, after the manifests of backups that
@@ -53,7 +55,11 @@ func (d *mender) manifests(ctx context.Context, m *Medium) error {
 		if slices.ContainsFunc(known, func(k Backup) bool { return k.ID == b.ID }) {
 			continue
 		}
-		if _, err := m.OpenImage(ctx, b); isCorrupt(err) {
+		_, err := m.OpenTree(ctx, b)
+		if b.Form != adapters.TreeForm {
+			_, err = m.OpenImage(ctx, b)
+		}
+		if isCorrupt(err) {
 			continue
 		} else if err != nil {
 			return err

@@ -127,16 +127,16 @@ func (f *references) entry(ctx context.Context, member int, e *snapshot.DirEntry
 	if known {
 		return nil
 	}
-	if err := f.object(ctx, set, e.ObjectID, func(part object.ID) error {
-		f.mu.Lock()
-		defer f.mu.Unlock()
-		f.nodes[part] = f.sets.union(f.nodes[part], set)
-		return nil
-	}); err != nil {
-		return err
-	}
 	if !folder {
-		return nil
+		return f.object(ctx, set, e.ObjectID, func(part object.ID) error {
+			f.mu.Lock()
+			defer f.mu.Unlock()
+			f.nodes[part] = f.sets.union(f.nodes[part], set)
+			return nil
+		})
+	}
+	if err := f.pieces(ctx, set, e.ObjectID); err != nil {
+		return err
 	}
 	children, err := f.folder(ctx, e.ObjectID)
 	if err != nil {
@@ -148,6 +148,19 @@ func (f *references) entry(ctx context.Context, member int, e *snapshot.DirEntry
 		}
 	}
 	return nil
+}
+
+// pieces notes the contents of a folder, of which a large one has several, and an index of kopia's.
+func (f *references) pieces(ctx context.Context, set setID, folder object.ID) error {
+	ids, err := object.VerifyObject(ctx, f.from, folder)
+	if err != nil {
+		return fmt.Errorf("%s: %w", f.some(set), f.r.corrupt(err))
+	}
+	own := make([]object.ID, len(ids))
+	for i, id := range ids {
+		own[i] = object.DirectObjectID(id)
+	}
+	return f.contents(set, own...)
 }
 
 // found notes an object of a member, and says whether it was known as such before. Of direct objects, which are cheap,

@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"regexp"
@@ -145,6 +146,17 @@ func kopiaName(name string) string {
 
 // encode makes an entry's JSON.
 func (e TreeEntry) encode() ([]byte, error) {
+	j, err := e.json()
+	if err != nil {
+		return nil, err
+	}
+	return json.Marshal(j)
+}
+
+func (e *TreeEntry) json() (treeEntry, error) {
+	if e == nil {
+		return treeEntry{}, errors.New("a tree without its root")
+	}
 	j := treeEntry{DirEntry: snapshot.DirEntry{
 		Name: kopiaName(e.Name), Type: kopiaTypes[e.Type], Permissions: kopiaMode(e.Mode), FileSize: e.Size,
 		ModTime: fs.UTCTimestampFromTime(e.Modified), UserID: e.UID, GroupID: e.GID, ObjectID: e.object, DirSummary: e.summary,
@@ -169,7 +181,7 @@ func (e TreeEntry) encode() ([]byte, error) {
 	if x.Name != nil || x.Type != "" || x.Target != nil || x.Device != 0 || x.Link != 0 || x.Seconds != nil || x.Attributes != nil {
 		j.Extra = &x
 	}
-	return json.Marshal(j)
+	return j, nil
 }
 
 // entry is encode backwards. A name that no filesystem has, or a type that nobody knows, is Corrupt.

@@ -367,3 +367,41 @@ func (t *Tree) Text(ctx context.Context, e TreeEntry) (string, error) {
 	p, err := io.ReadAll(in)
 	return string(p), err
 }
+
+// Contents names the contents that hold an entry: of a large file and a large directory there are several, with their
+// indexes. What is below a directory is not among them. A content that is in no index is Corrupt.
+func (t *Tree) Contents(ctx context.Context, e TreeEntry) ([]Chunk, error) {
+	if id, _, ok := e.object.ContentID(); ok {
+		return []Chunk{{id}}, nil
+	}
+	ids, err := object.VerifyObject(ctx, t.contents.(objectReader), e.object)
+	if err != nil {
+		return nil, t.r.corrupt(err)
+	}
+	all := make([]Chunk, len(ids))
+	for i, id := range ids {
+		all[i] = Chunk{id}
+	}
+	return all, nil
+}
+
+// Fits makes sure that what holds a file makes up as many bytes as the entry says. It reads indexes only, and no data of
+// a large file. What does not fit is Corrupt.
+func (t *Tree) Fits(ctx context.Context, e TreeEntry) error {
+	f, err := t.Open(ctx, e)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	small, ok := f.(*smallFile)
+	if !ok {
+		for _, err := range f.Extents(ctx) {
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	_, err = small.ReadAt(ctx, nil, 0)
+	return err
+}

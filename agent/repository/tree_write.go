@@ -149,7 +149,7 @@ func (w *Writer) CommitTree(ctx context.Context, b Backup, root TreeEntry, sampl
 	b.Form, b.Tree, b.Count = adapters.TreeForm, TreeID{root.object}, root.Count()
 	b.Size, b.Data = b.Count.Bytes, b.Count.Bytes
 	b.tree = &root
-	return w.commit(ctx, b, func(back *reader, b Backup) error {
+	return w.commit(ctx, b, func(ctx context.Context, back *reader, b Backup) error {
 		if err := w.r.checkDescription(ctx, back.contents, b); err != nil {
 			return err
 		}

@@ -237,12 +237,12 @@ func (a *app) printBackup(report backup.Report) error {
 		return nil
 	}
 	a.say("  %s backup of %s (%s)", report.Kind, report.Snapshot, report.Reason)
-	for _, s := range report.Suspect {
-		a.say("  %s is suspect now", s)
-	}
 	if t := report.Tree; t != nil {
 		a.say("  %d entries: %d directories walked, %d reused whole; in those walked %d files read, %d reused; %d files audited",
 			t.Entries, t.DirsWalked, t.DirsReused, t.FilesRead, t.FilesReused, t.FilesAudited)
+	}
+	for _, s := range report.Suspect {
+		a.say("  %s is suspect now", s)
 	}
 	a.say("  read %v, audited %v, new %v (stored as %v), reused %v of %v, in %.1f s", bytesize(report.BytesRead), bytesize(report.BytesAudited),
 		bytesize(report.BytesNew), bytesize(report.BytesStored), bytesize(report.BytesReused), bytesize(report.Size), report.Seconds)

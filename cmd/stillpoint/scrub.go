@@ -72,7 +72,7 @@ func (a *app) scrubs(ctx context.Context, m *meter, q backup.ScrubRequest, args 
 		}
 		seen := map[adapters.VolumeID]bool{}
 		for _, b := range found {
-			if _, ours := a.config.Backends[b.Volume.Backend]; ours && !seen[b.Volume] {
+			if _, ours := a.config.Backends[b.Volume.Backend]; ours && !seen[b.Volume] && b.Form == adapters.BlockForm {
 				volumes = append(volumes, b.Volume.String())
 			}
 			seen[b.Volume] = true
