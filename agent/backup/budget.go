@@ -27,10 +27,6 @@ const volumeMemory = 40 << 20
 
 func storeMemory(chunk int64) int64 { return 22<<20 + 3*chunk }
 
-// fileMemory is for reading files of a tree back, chunk by chunk: kopia's pooled buffers of 8 MiB and copies that the
-// collector has not got to.
-func fileMemory(chunk int64) int64 { return 36<<20 + 4*chunk }
-
 // workers is how many to start when each needs this much memory.
 func (b Budget) workers(each int64) int {
 	memory := cmp.Or(b.Memory, DefaultMemory) - int64(max(0, b.Volumes-1))*volumeMemory

@@ -23,9 +23,6 @@ type healing struct {
 
 // one makes what hurts a backup again. If it cannot, it says why.
 func (h *healing) one(ctx context.Context, b repository.Backup, hurt Hurt) (ok bool, why string, err error) {
-	if b.Form == adapters.TreeForm {
-		return false, "trees of files are not repaired: back the snapshot, or a newer one, up with --full under another id", nil
-	}
 	switch hurt.Part {
 	case DescriptionPart:
 		return h.description(ctx, b)

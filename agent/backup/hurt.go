@@ -29,7 +29,6 @@ const (
 	SegmentPart     Part = "segment" // the index of a segment
 	TopPart         Part = "index"   // the top level
 	DescriptionPart Part = "description"
-	FilePart        Part = "file"  // of a tree: a file, or a directory with what is below it
 	ZerosPart       Part = "zeros" // what stands for zeros: only kopia reads it
 )
 

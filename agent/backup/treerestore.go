@@ -27,14 +27,14 @@ func (s Source) isTree(ctx context.Context) (bool, error) {
 }
 
 // openTree opens a source that is one, and says how it is called, and what a restore of it is named by.
-func (s Source) openTree(ctx context.Context, suspect bool) (t adapters.Tree, handle, token string, err error) {
+func (s Source) openTree(ctx context.Context, insist bool) (t adapters.Tree, handle, token string, err error) {
 	if s.repository != nil {
 		b, err := s.repository.Backup(ctx, s.backup)
 		if err != nil {
 			return nil, "", "", err
 		}
-		if b.Suspect != "" && !suspect {
-			return nil, "", "", fault.Errorf(fault.Corrupt, "backup %s is suspect: %s; insist on it with --suspect, or restore another", b.Handle, b.Suspect)
+		if err := suspected(b.Suspect, insist); err != nil {
+			return nil, "", "", fmt.Errorf("restoring %s: %w", b.Handle, err)
 		}
 		t, err := s.repository.OpenTree(ctx, b)
 		if err != nil {
