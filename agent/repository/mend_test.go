@@ -189,12 +189,12 @@ func TestMend(t *testing.T) {
 		damages []string
 		no      string // a damage that nobody can see, and that does no harm
 	}{
-		{prefix: "kopia.repository", damages: []string{"flipped", "missing", "swapped"}},
-		{prefix: "kopia.repository.copy", damages: []string{"flipped", "missing"}},
-		{prefix: "kopia.blobcfg", damages: all},
-		{prefix: "kopia.maintenance", damages: all, no: "missing"},
+		{prefix: "kopia.repository", damages: []string{"flipped", "missing", "swapped"}}, // opening derives a key, which takes its time
+		{prefix: "kopia.repository.copy", damages: []string{"missing"}},
+		{prefix: "kopia.blobcfg", damages: []string{"flipped", "missing"}},
+		{prefix: "kopia.maintenance", damages: []string{"cut short", "swapped", "missing"}, no: "missing"},
 		{prefix: "xn", damages: all},
-		{prefix: "s", damages: all, no: "missing"},
+		{prefix: "s", damages: []string{"flipped", "swapped", "missing"}, no: "missing"},
 		{prefix: string(sound.last), damages: all},
 	} {
 		for _, name := range c.damages {
