@@ -124,7 +124,7 @@ func (f *feeder) begin(n int) error {
 	_, s.length = f.bounds(n)
 	s.chunks = s.chunks[:(s.length+f.chunk-1)/f.chunk]
 	clear(s.chunks)
-	s.base = nil
+	s.base, s.fed = nil, 0
 	s.left.Store(1)
 	f.open, f.next = s, n+1
 	if err := f.send(piece{made: s}); err != nil {
@@ -147,7 +147,13 @@ func (f *feeder) add(e cbt.Extent) error {
 	}
 	f.progress.Total.Add(e.Length)
 	for at := int(f.buffer / f.chunk); first < last; first += at {
-		if err := f.do(job{segment: f.open, first: first, count: min(at, last-first)}); err != nil {
+		n := min(at, last-first)
+		bytes := int64(n) * f.chunk
+		if err := f.window.Acquire(f.ctx, bytes); err != nil {
+			return err
+		}
+		f.open.fed += bytes
+		if err := f.do(job{segment: f.open, first: first, count: n}); err != nil {
 			return err
 		}
 	}

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sync/semaphore"
 
 	"stillpoint.io/stillpoint/adapters"
 	"stillpoint.io/stillpoint/agent/repository"
@@ -39,7 +40,8 @@ type line struct {
 
 	jobs   chan job
 	pieces chan piece
-	free   sync.Pool // of *segment
+	window *semaphore.Weighted // bytes that may be read before they are in the index
+	free   sync.Pool           // of *segment
 
 	read, audited, fresh atomic.Int64
 	data                 int64 // in chunks that are not all zero
@@ -73,6 +75,7 @@ type job struct {
 type segment struct {
 	n      int
 	length int64
+	fed    int64              // bytes of its jobs
 	chunks []repository.Chunk // zero where the base's counts
 	base   []repository.Chunk // shared with the base's image: not to be changed
 	left   atomic.Int32       // jobs, and one for the feeder
@@ -100,6 +103,8 @@ func newLine(q Request, source adapters.Image, base *repository.Image, w *reposi
 		l.data = base.Data()
 	}
 	l.jobs, l.pieces = make(chan job, l.pool.workers()), make(chan piece, 2*l.pool.workers())
+	// Enough for one whole segment, and for every worker to go on with the next: what is in it is lost to a checkpoint.
+	l.window = semaphore.NewWeighted(repository.SegmentSize + 2*int64(l.pool.workers())*l.buffer)
 	l.free.New = func() any {
 		return &segment{chunks: make([]repository.Chunk, 0, repository.SegmentSize/l.chunk), done: make(chan struct{}, 1)}
 	}
@@ -387,6 +392,7 @@ func (l *line) addMade(ctx context.Context, s *segment) error {
 	if err != nil {
 		return err
 	}
+	l.window.Release(s.fed)
 	l.free.Put(s)
 	return l.index.Add(made)
 }

@@ -58,13 +58,13 @@ const (
 var resumeVolume = adapters.VolumeID{Backend: "mem", ID: "local/vol"}
 
 // resumeWorld makes the volume and its first snapshot, with a few bytes in every chunk of 1 MiB, and its second after
-// some went into every other chunk.
+// some went into all but the last eighth.
 func resumeWorld(size int64, read counter) (counted, *mem.Volume, error) {
 	store := new(mem.Store)
 	v, err := store.Create("vol", size)
 	a := counted{Adapter: store.Adapter("mem"), read: read}
 	for i, name := range []string{"first", "second"} {
-		for off := int64(0); off < size && err == nil; off += int64(i+1) << 20 {
+		for off := int64(0); off < size/8*int64(8-i) && err == nil; off += 1 << 20 {
 			_, err = v.WriteAt(fmt.Appendf(nil, "%s at %d", name, off), off)
 		}
 		if err == nil {
@@ -146,7 +146,7 @@ func resumedChild() error {
 }
 
 // changedBytes is what an incremental of the second snapshot has to read, in chunks of 1 MiB.
-const changedBytes = resumeSize / 2
+const changedBytes = resumeSize / 8 * 7
 
 // A backup that is killed half-way continues: at most a tenth is read twice, the image is right, and no checkpoint is
 // left. What the checkpoint refers to survives a maintenance, also after its base was forgotten.
@@ -271,7 +271,7 @@ func TestCheckpoints(t *testing.T) {
 	}
 
 	read.n.Store(0)
-	interrupted.at, interrupted.do = smallSize/4, func() error { return fault.Errorf(fault.Unavailable, "the storage went away") }
+	interrupted.at, interrupted.do = smallSize/2, func() error { return fault.Errorf(fault.Unavailable, "the storage went away") }
 	q.Adapter = interrupted
 	if _, err := Run(t.Context(), q); fault.KindOf(err) != fault.Unavailable {
 		t.Fatal(err)
@@ -291,7 +291,7 @@ func TestCheckpoints(t *testing.T) {
 	q = resumeRequest(w.repo, a, "second")
 	q.Pace = slow
 	ctx, cancel = context.WithCancel(t.Context())
-	interrupted.at, interrupted.do = smallSize/4, func() error { cancel(); return nil }
+	interrupted.at, interrupted.do = smallSize/2, func() error { cancel(); return nil }
 	q.Adapter = interrupted
 	if _, err := Run(ctx, q); !errors.Is(err, context.Canceled) {
 		t.Fatal(err)

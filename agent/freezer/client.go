@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -89,7 +90,8 @@ func Spawn(ctx context.Context, o SpawnOptions) (*Client, error) {
 	}
 	ch := &child{cmd: exec.Command(program, args...), exited: make(chan struct{})}
 	ch.cmd.ExtraFiles = []*os.File{inherited}
-	ch.cmd.Stderr = &ch.said // a pipe: never a file that may lie on what is frozen
+	ch.cmd.Stderr = &ch.said                                                                                  // a pipe: never a file that may lie on what is frozen
+	ch.cmd.Env = slices.DeleteFunc(os.Environ(), func(s string) bool { return strings.HasPrefix(s, "AWS_") }) // secrets are not its business
 	ch.cmd.Dir = "/"
 	ch.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := ch.cmd.Start(); err != nil {

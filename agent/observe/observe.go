@@ -10,16 +10,20 @@
 //	stillpoint_backups_total{volume,remote,kind}            since the process started
 //	stillpoint_failures_total{operation,kind}               kind is fault.Kind in words
 //	stillpoint_distrusted_total{volume}                     backups made anew since changed blocks could not be trusted
+//	stillpoint_backup_unverified_since_timestamp_seconds{remote}        of the backup that was verified longest ago, or made
+//	stillpoint_backup_unaudited_since_timestamp_seconds{remote,volume}  see backup.UnauditedGauge
 package observe
 
 import (
 	"context"
+	"slices"
 	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
 	"stillpoint.io/stillpoint/agent/backup"
+	"stillpoint.io/stillpoint/agent/repository"
 	"stillpoint.io/stillpoint/fault"
 )
 
@@ -31,6 +35,7 @@ type Metrics struct {
 	running map[*backup.Progress]subject
 
 	success, seconds, bytes    *prometheus.GaugeVec
+	unverified                 *prometheus.GaugeVec
 	made, failures, distrusted *prometheus.CounterVec
 	progress                   *prometheus.Desc
 }
@@ -52,12 +57,13 @@ func New() *Metrics {
 		success:    gauge("backup_last_success_timestamp_seconds", "When the last backup of a volume was complete.", "volume", "remote"),
 		seconds:    gauge("backup_seconds", "How long the last backup of a volume took.", "volume", "remote"),
 		bytes:      gauge("backup_bytes", "What the last backup of a volume read, audited, found new, reused, stored, and had from an interrupted run.", "volume", "remote", "what"),
+		unverified: gauge("backup_unverified_since_timestamp_seconds", "When the backup that was verified longest ago was verified, or made.", "remote"),
 		made:       counter("backups_total", "Backups made.", "volume", "remote", "kind"),
 		failures:   counter("failures_total", "Operations that failed, by kind of error.", "operation", "kind"),
 		distrusted: counter("distrusted_total", "Backups that were made again as full ones, since changed blocks could not be trusted.", "volume"),
 		progress:   prometheus.NewDesc("stillpoint_progress_bytes", "How far what runs is.", []string{"operation", "subject", "state"}, nil),
 	}
-	m.registry.MustRegister(m, m.success, m.seconds, m.bytes, m.made, m.failures, m.distrusted)
+	m.registry.MustRegister(m, m.unverified, m.success, m.seconds, m.bytes, m.made, m.failures, m.distrusted)
 	return m
 }
 
@@ -92,6 +98,15 @@ func (m *Metrics) Backup(volume, remote string, r backup.Report) {
 	if r.Distrusted {
 		m.distrusted.WithLabelValues(volume).Inc()
 	}
+}
+
+// Unverified notes which of a remote's backups was verified longest ago.
+func (m *Metrics) Unverified(remote string, all []repository.Backup) {
+	if len(all) == 0 {
+		return
+	}
+	oldest := slices.MinFunc(all, func(a, b repository.Backup) int { return a.KnownSound().Compare(b.KnownSound()) })
+	m.unverified.WithLabelValues(remote).Set(float64(oldest.KnownSound().UnixNano()) / 1e9)
 }
 
 // Describe is for Prometheus.

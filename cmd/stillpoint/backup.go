@@ -75,7 +75,10 @@ SIGTERM end with a checkpoint; a second one ends at once.`,
 			}
 			m, err := a.meter(c.Context(), f.progress)
 			if err == nil {
-				err = errors.Join(a.backup(c.Context(), r, m, args, cuts, f), m.Close())
+				if err = a.backup(c.Context(), r, m, args, cuts, f); c.Context().Err() == nil {
+					err = errors.Join(err, m.remote(c.Context(), r))
+				}
+				err = errors.Join(err, m.Close())
 			}
 			return errors.Join(err, closeRepository(c.Context(), r))
 		},

@@ -100,6 +100,11 @@ func TestInterrupted(t *testing.T) {
 	if err != nil || !strings.Contains(string(text), "stillpoint_backup_last_success_timestamp_seconds{remote=\"default\"") {
 		t.Errorf("%v: %s", err, text)
 	}
+	for _, name := range []string{"unverified", "unaudited"} {
+		if !strings.Contains(string(text), "stillpoint_backup_"+name+"_since_timestamp_seconds{") {
+			t.Errorf("no metric of what is %s: %s", name, text)
+		}
+	}
 	if n := len(decode[snapshotLine](t, must(t, "snapshots", "--json", volume))); n != 1 {
 		t.Errorf("%d snapshots are left, want the newest", n)
 	}

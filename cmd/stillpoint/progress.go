@@ -16,6 +16,7 @@ import (
 
 	"stillpoint.io/stillpoint/agent/backup"
 	"stillpoint.io/stillpoint/agent/observe"
+	"stillpoint.io/stillpoint/agent/repository"
 	"stillpoint.io/stillpoint/fault"
 )
 
@@ -86,6 +87,24 @@ func (m *meter) run(operation, subject string, work func(*backup.Progress) error
 	end(err)
 	count(err)
 	return err
+}
+
+// remote adds to the metrics how far the backups in a remote are proved: since when nobody looked at some stretch of a
+// volume, and since when some backup was not verified.
+func (m *meter) remote(ctx context.Context, r *repository.Repository) error {
+	if m.written == nil {
+		return nil
+	}
+	looked, err := backup.OldestUnaudited(ctx, r)
+	if err != nil {
+		return err
+	}
+	all, err := r.Backups(ctx, repository.Filter{})
+	if err != nil {
+		return err
+	}
+	m.metrics.Unverified(r.Remote(), all)
+	return backup.UnauditedGauge(m.metrics.Registry(), r.Remote(), looked, time.Now())
 }
 
 // Close ends the showing and writes the metrics for the last time.

@@ -46,7 +46,7 @@ the exit code is 6.`,
 			m, err := a.meter(c.Context(), progress)
 			if err == nil {
 				q := backup.ScrubRequest{Repository: r, Within: time.Duration(days * 24 * float64(time.Hour)), All: whole, Budget: b}
-				err = errors.Join(a.scrubs(c.Context(), m, q, args, all), m.Close())
+				err = errors.Join(a.scrubs(c.Context(), m, q, args, all), m.remote(c.Context(), r), m.Close())
 			}
 			return errors.Join(err, closeRepository(c.Context(), r))
 		},

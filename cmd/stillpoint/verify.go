@@ -84,9 +84,10 @@ enough. --against compares a backup with a snapshot that still exists.`,
 				})
 			}
 			return a.eachRemote(c.Context(), args, flags.remote, budget.open(), func(r *repository.Repository, ids []string) error {
-				return a.verify(c.Context(), m, backup.VerifyRequest{
+				err := a.verify(c.Context(), m, backup.VerifyRequest{
 					Repository: r, IDs: ids, All: flags.all, OlderThan: time.Duration(flags.olderThan), Quick: flags.quick, Budget: b,
 				})
+				return errors.Join(err, m.remote(c.Context(), r))
 			})
 		},
 	}
