@@ -259,7 +259,8 @@ type slot struct {
 }
 
 func (g *grower) fill(ctx context.Context, d *repository.DirectoryWriter, path string, self adapters.Entry, was *repository.TreeEntry) (made repository.TreeEntry, err error) {
-	ctx, cancel := context.WithCancelCause(ctx)
+	ctx, cancel := context.WithCancel(ctx)
+	var failed firstError
 	var pending []*slot
 	next := func() error {
 		s := pending[0]
@@ -271,12 +272,12 @@ func (g *grower) fill(ctx context.Context, d *repository.DirectoryWriter, path s
 		return d.Add(ctx, s.made)
 	}
 	defer func() { // whatever was started is waited for
-		if cause := context.Cause(ctx); errors.Is(err, context.Canceled) && cause != nil {
-			err = cause // of the entry that failed first
-		}
-		cancel(nil)
+		cancel()
 		for _, s := range pending {
 			<-s.done
+		}
+		if errors.Is(err, context.Canceled) {
+			err = failed.or(err)
 		}
 	}()
 	old := newCursor(ctx, g.base, was)
@@ -297,7 +298,8 @@ func (g *grower) fill(ctx context.Context, d *repository.DirectoryWriter, path s
 			pending = append(pending, s)
 			g.do(func() {
 				if s.made, s.err = g.entry(ctx, at, e, was); s.err != nil {
-					cancel(s.err)
+					failed.set(s.err)
+					cancel()
 				}
 			}, func() { close(s.done) })
 		}
@@ -316,6 +318,29 @@ func (g *grower) fill(ctx context.Context, d *repository.DirectoryWriter, path s
 		}
 	}
 	return d.Finish(ctx, self)
+}
+
+// firstError is the error for which the others were cancelled.
+type firstError struct {
+	mu  sync.Mutex
+	err error
+}
+
+func (f *firstError) set(err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.err == nil {
+		f.err = err
+	}
+}
+
+func (f *firstError) or(err error) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.err != nil {
+		return f.err
+	}
+	return err
 }
 
 func join(dir, name string) string { return strings.TrimPrefix(dir+"/"+name, "/") }
