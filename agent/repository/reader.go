@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"log/slog"
 	"slices"
 
 	"github.com/kopia/kopia/repo/blob"
@@ -37,6 +38,9 @@ type place struct {
 	length int64 // that the content must have, -1: any
 	into   []byte
 }
+
+// end is where the content ends in its pack.
+func (p place) end() int64 { return int64(p.PackOffset) + int64(p.PackedLength) }
 
 // NewReader makes a reader that checks what is on the medium, with a buffer of at least ReadBuffer bytes.
 func (m *Medium) NewReader(buf []byte) *Reader {
@@ -97,7 +101,7 @@ func (x *Reader) check(ctx context.Context, all []place, judge func(content.Info
 			}
 			end = max(end, stop)
 		}
-		if err := x.run(ctx, all[:n], end, judge); err != nil {
+		if err := x.run(ctx, all[:n], end, x.r.at.S3 == nil, judge); err != nil {
 			return err
 		}
 		all = all[n:]
@@ -105,8 +109,9 @@ func (x *Reader) check(ctx context.Context, all []place, judge func(content.Info
 	return nil
 }
 
-// run reads neighbours at once, and one by one if that cannot be done.
-func (x *Reader) run(ctx context.Context, all []place, end int64, judge func(content.Info, error)) error {
+// run reads neighbours at once, and one by one if that cannot be done. Unless it is the last try, what is not right is
+// asked for once more: over a network it may have been spoilt on its way.
+func (x *Reader) run(ctx context.Context, all []place, end int64, last bool, judge func(content.Info, error)) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
@@ -128,20 +133,37 @@ func (x *Reader) run(ctx context.Context, all []place, end int64, judge func(con
 			return nil
 		}
 		for i, p := range all {
-			if err := x.run(ctx, all[i:i+1], int64(p.PackOffset)+int64(p.PackedLength), judge); err != nil {
+			if err := x.run(ctx, all[i:i+1], p.end(), last, judge); err != nil {
 				return err
 			}
 		}
 		return nil
 	}
+	var spoilt []place
 	for _, p := range all {
 		at := int64(p.PackOffset) - start
 		length, err := x.unpack(p.Info, out.p[at:at+int64(p.PackedLength)], p.into)
 		if err == nil && p.length >= 0 && length != p.length {
 			err = fault.Errorf(fault.Corrupt, "%d bytes long, the index says %d", length, p.length)
 		}
-		if err != nil {
+		switch {
+		case err != nil && !last:
+			spoilt = append(spoilt, p)
+		case err != nil:
 			judge(p.Info, fault.Errorf(fault.Corrupt, "content %s in blob %s at %d: %w", p.ContentID, p.PackBlobID, p.PackOffset, err))
+		}
+	}
+	for i, p := range spoilt {
+		came := true
+		err := x.run(ctx, spoilt[i:i+1], p.end(), true, func(i content.Info, err error) {
+			came = false
+			judge(i, err)
+		})
+		if err != nil {
+			return err
+		}
+		if came {
+			slog.WarnContext(ctx, "a content was spoilt on its way from the store, and came right the second time", "repository", x.r.at.String(), "content", p.ContentID.String())
 		}
 	}
 	return nil
