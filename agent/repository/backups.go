@@ -26,6 +26,12 @@ func (h Handle) String() string { return "backup:" + h.Remote + "/" + h.ID }
 // MarshalText makes a Handle a string in JSON.
 func (h Handle) MarshalText() ([]byte, error) { return []byte(h.String()), nil }
 
+// UnmarshalText reads it back.
+func (h *Handle) UnmarshalText(text []byte) (err error) {
+	*h, err = ParseHandle(string(text))
+	return err
+}
+
 var (
 	remoteName = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?$`)
 	backupID   = regexp.MustCompile(`^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$`)

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -160,7 +159,8 @@ func (a *app) unfinished(ctx context.Context, r *repository.Repository, volumes 
 	return handles, nil
 }
 
-// backupAll backs snapshots up, some at once. own says that the command made them by itself.
+// backupAll backs snapshots up, some at once, and tells of each in their order. own says that the command made them by
+// itself.
 func (a *app) backupAll(ctx context.Context, r *repository.Repository, m *meter, snapshots []string, own bool, f backupFlags) error {
 	budget, err := f.budget.budget(len(snapshots))
 	if err != nil {
@@ -168,35 +168,45 @@ func (a *app) backupAll(ctx context.Context, r *repository.Repository, m *meter,
 	}
 	pool := backup.StorePool(budget, r)
 	defer pool.Close()
-	var mu sync.Mutex // of what is printed, and of errs
-	var errs []error
-	var g errgroup.Group
-	g.SetLimit(budget.Volumes)
-	for i, h := range snapshots {
-		if ctx.Err() != nil {
-			mu.Lock()
-			errs = append(errs, fmt.Errorf("%d of %d backups were not begun: %w", len(snapshots)-i, len(snapshots), ctx.Err()))
-			mu.Unlock()
-			break
-		}
-		g.Go(func() error {
-			report, err := a.backupOne(ctx, r, m, pool, h, f.full)
-			mu.Lock()
-			defer mu.Unlock()
-			if err == nil {
-				err = a.printBackup(report)
-			}
-			if err == nil && own {
-				err = a.retire(ctx, r.Remote(), report)
-			}
-			if err != nil {
-				errs = append(errs, fmt.Errorf("%s: %w", h, err))
-			}
-			return nil
-		})
+	type result struct {
+		report backup.Report
+		err    error
 	}
-	g.Wait()
-	return errors.Join(errs...)
+	results := make([]chan result, len(snapshots))
+	for i := range results {
+		results[i] = make(chan result, 1)
+	}
+	var all, workers errgroup.Group
+	workers.SetLimit(budget.Volumes)
+	all.Go(func() error {
+		for i, h := range snapshots {
+			workers.Go(func() error {
+				if ctx.Err() != nil {
+					results[i] <- result{err: fmt.Errorf("not begun: %w", ctx.Err())}
+					return nil
+				}
+				report, err := a.backupOne(ctx, r, m, pool, h, f.full)
+				results[i] <- result{report, err}
+				return nil
+			})
+		}
+		return workers.Wait()
+	})
+	var errs []error
+	for i, h := range snapshots {
+		made := <-results[i]
+		err := made.err
+		if err == nil {
+			err = a.printBackup(made.report)
+		}
+		if err == nil && own {
+			err = a.retire(ctx, r.Remote(), made.report)
+		}
+		if err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", h, err))
+		}
+	}
+	return errors.Join(append(errs, all.Wait())...)
 }
 
 // cutForBackup makes the cut of a backup command that was given volumes.

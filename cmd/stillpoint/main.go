@@ -88,6 +88,7 @@ type app struct {
 	stdout, stderr io.Writer
 	configPath     string
 	config         config
+	opening        sync.Mutex // of open: volumes may be worked on in parallel
 	open           map[string]adapters.Adapter
 	json           bool
 	canariesMu     sync.Mutex
@@ -160,6 +161,8 @@ func arguments(least, most int, what string) cobra.PositionalArgs {
 
 // backend gives an opened backend, once per run.
 func (a *app) backend(ctx context.Context, name string) (adapters.Adapter, error) {
+	a.opening.Lock()
+	defer a.opening.Unlock()
 	if b, ok := a.open[name]; ok {
 		return b, nil
 	}
