@@ -70,11 +70,6 @@ func (b *bench) backup(ctx context.Context) error {
 	ratio := func(a, b time.Duration) float64 { return a.Seconds() / b.Seconds() }
 	b.say("\nThe fastest peer ÷ Stillpoint: full %.1f, incremental %.1f; restic's restore ÷ Stillpoint's %.1f.", ratio(full, ours.full.wall), ratio(incremental, ours.incremental.wall), ratio(restic, ours.restore.wall))
 	b.say("The incremental read %.3f x the changed chunks, and audited %d MiB besides.", ours.readRatio, ours.audited/mib)
-	slowest, err := b.stages(ctx, image, ours.stored)
-	if err != nil {
-		return err
-	}
-	b.say("\nThe slowest stage alone ÷ the full backup: %.0f %%. Per GiB of data the backup takes %.2f CPU s.", 100*ratio(slowest, ours.full.wall), ours.full.cpu.Seconds()/4)
 	return nil
 }
 

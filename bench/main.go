@@ -4,7 +4,7 @@
 // /var/tmp, and a machine that does nothing else.
 //
 //	go run ./bench                 everything
-//	go run ./bench -only freeze    one part: freeze, backup, s3, sparse, delta or tree
+//	go run ./bench -only freeze    one part: freeze, backup, stages, s3, sparse, delta or tree
 package main
 
 import (
@@ -28,7 +28,7 @@ import (
 )
 
 func main() {
-	only := flag.String("only", "", "one part: freeze, backup, s3, sparse, delta or tree")
+	only := flag.String("only", "", "one part: freeze, backup, stages, s3, sparse, delta or tree")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -62,7 +62,7 @@ func run(ctx context.Context, only string, out io.Writer) (err error) {
 	parts := []struct {
 		name string
 		run  func(*bench, context.Context) error
-	}{{"freeze", (*bench).freeze}, {"backup", (*bench).backup}, {"s3", (*bench).s3}, {"sparse", (*bench).sparse}, {"delta", (*bench).delta}, {"tree", (*bench).tree}}
+	}{{"freeze", (*bench).freeze}, {"backup", (*bench).backup}, {"stages", (*bench).stages}, {"s3", (*bench).s3}, {"sparse", (*bench).sparse}, {"delta", (*bench).delta}, {"tree", (*bench).tree}}
 	known := only == ""
 	for _, p := range parts {
 		known = known || p.name == only

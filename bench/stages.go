@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/aes"
 	"crypto/cipher"
+	"encoding/json"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -17,57 +18,89 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// stages measures, in the same run as the backup, what each of its stages costs alone: the device read past the page
-// cache, the processor's work on one core, the medium written durably in packs. stored is what the backup wrote, in
-// bytes. It returns how long the slowest of them takes for the whole image.
-func (b *bench) stages(ctx context.Context, image string, stored int64) (time.Duration, error) {
-	const data = 4 * gib // of makeImage: 2 GiB random, 2 GiB that compress
-	read, err := readAlone(ctx, image, data)
-	if err != nil {
-		return 0, err
+// stages backs an image up and measures, in the same run, what each stage of that costs alone: the device read past the
+// page cache, the processor's work on one core, the medium written durably in packs.
+func (b *bench) stages(ctx context.Context) error {
+	image := filepath.Join(b.pool.Mount, "disk.img")
+	if err := makeImage(image); err != nil {
+		return err
 	}
-	write, err := writeAlone(ctx, filepath.Join(b.lab.Dir, "packs"), stored)
+	b.say("\n## The stages of a full backup\n")
+	b.say("The image of the part above.")
+	if _, err := b.stillpoint(ctx, false, "remote", "init"); err != nil {
+		return err
+	}
+	cut, err := b.stillpoint(ctx, false, "cut", "--json", "--name", "only", "reflink:"+image)
 	if err != nil {
-		return 0, err
+		return err
+	}
+	var made struct{ Snapshots []string }
+	if err := json.Unmarshal(cut.text, &made); err != nil {
+		return err
+	}
+	full, err := b.stillpoint(ctx, true, "backup", "--json", made.Snapshots[0])
+	if err != nil {
+		return err
+	}
+	var r struct {
+		BytesStored int64 `json:"bytes_stored"`
+	}
+	if err := json.Unmarshal(full.text, &r); err != nil {
+		return err
+	}
+	stored := r.BytesStored
+	const data = 4 * gib // of makeImage: 2 GiB random, 2 GiB that compress
+	read, readCPU, err := readAlone(ctx, image, data)
+	if err != nil {
+		return err
+	}
+	write, writeCPU, err := writeAlone(ctx, filepath.Join(b.lab.Dir, "packs"), stored)
+	if err != nil {
+		return err
 	}
 	chunk, text := random(mib), compressible(mib)
 	var key [32]byte
 	hasher, err := blake3.NewKeyed(key[:])
 	if err != nil {
-		return 0, err
+		return err
 	}
 	hash := perByte(func() { hasher.Reset(); hasher.Write(chunk); hasher.Sum(nil) })
 	block, err := aes.NewCipher(key[:])
 	if err != nil {
-		return 0, err
+		return err
 	}
 	sealer, err := cipher.NewGCM(block)
 	if err != nil {
-		return 0, err
+		return err
 	}
 	sealed, nonce := make([]byte, 0, mib+64), make([]byte, sealer.NonceSize())
 	encrypt := perByte(func() { sealer.Seal(sealed, nonce, chunk, nil) })
 	packed := make([]byte, s2.MaxEncodedLen(mib))
 	compress := perByte(func() { s2.Encode(packed, text) })
-	processor := time.Duration(data*hash + data/2*compress + float64(stored)*encrypt)
+	processor := readCPU + writeCPU + time.Duration(data*hash+data/2*compress+float64(stored)*encrypt)
 	cores := processor / time.Duration(runtime.GOMAXPROCS(0))
 
 	b.say("\n| stage alone | at most | for this image, s |")
 	b.say("|---|---|---|")
 	b.say("| read the device, past the page cache | %.0f MiB/s | %.2f |", data/read.Seconds()/mib, read.Seconds())
-	b.say("| hash, compress, encrypt on %d cores | %.2f, %.2f and %.2f CPU s/GiB | %.2f |", runtime.GOMAXPROCS(0), hash*gib/1e9, compress*gib/1e9, encrypt*gib/1e9, cores.Seconds())
 	b.say("| write packs of 20 MiB durably | %.0f MiB/s | %.2f |", float64(stored)/write.Seconds()/mib, write.Seconds())
-	return max(read, write, cores), nil
+	perGiB := func(d time.Duration, n int64) float64 { return d.Seconds() * gib / float64(n) }
+	b.say("| the processors' part: read %.2f, hash %.2f, compress %.2f, encrypt %.2f, write %.2f CPU s/GiB | on %d cores | %.2f |",
+		perGiB(readCPU, data), hash*gib/1e9, compress*gib/1e9, encrypt*gib/1e9, perGiB(writeCPU, stored), runtime.GOMAXPROCS(0), cores.Seconds())
+	slowest := max(read, write, cores)
+	b.say("\nThe backup took %.2f s, the slowest stage alone %.2f s: %.0f %% of the limit. Per GiB of data the backup takes %.2f CPU s, its stages alone %.2f.",
+		full.wall.Seconds(), slowest.Seconds(), 100*slowest.Seconds()/full.wall.Seconds(), full.cpu.Seconds()/4, processor.Seconds()/4)
+	return nil
 }
 
 // stageWorkers is how many read or write at once, as many as a backup has workers by default here.
 const stageWorkers = 6
 
 // readAlone reads the first n bytes of a file with direct reads of 1 MiB.
-func readAlone(ctx context.Context, path string, n int64) (time.Duration, error) {
+func readAlone(ctx context.Context, path string, n int64) (wall, cpu time.Duration, err error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_DIRECT, 0)
 	if err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	defer f.Close()
 	return inParallel(ctx, n/mib, func(i int64, p []byte) error {
@@ -77,9 +110,9 @@ func readAlone(ctx context.Context, path string, n int64) (time.Duration, error)
 }
 
 // writeAlone writes n bytes into files of 20 MiB, each synced before the next.
-func writeAlone(ctx context.Context, dir string, n int64) (time.Duration, error) {
+func writeAlone(ctx context.Context, dir string, n int64) (wall, cpu time.Duration, err error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	defer os.RemoveAll(dir)
 	return inParallel(ctx, n/pack, func(i int64, p []byte) error {
@@ -99,15 +132,15 @@ func writeAlone(ctx context.Context, dir string, n int64) (time.Duration, error)
 
 const pack = 20 * mib
 
-// inParallel calls do for 0 to n-1 with an aligned buffer of a pack, and times it all.
-func inParallel(ctx context.Context, n int64, do func(i int64, p []byte) error) (time.Duration, error) {
+// inParallel calls do for 0 to n-1 with an aligned buffer of a pack, and measures it all.
+func inParallel(ctx context.Context, n int64, do func(i int64, p []byte) error) (wall, cpu time.Duration, err error) {
 	g, ctx := errgroup.WithContext(ctx)
 	var buffers [stageWorkers][]byte
 	for w := range buffers {
 		p := random(pack + 4096)
 		buffers[w] = p[-uintptr(unsafe.Pointer(&p[0]))&4095:][:pack]
 	}
-	begin := time.Now()
+	begin, used := time.Now(), processorTime()
 	for w := range int64(stageWorkers) {
 		g.Go(func() error {
 			for i := w; i < n; i += stageWorkers {
@@ -121,8 +154,15 @@ func inParallel(ctx context.Context, n int64, do func(i int64, p []byte) error) 
 			return nil
 		})
 	}
-	err := g.Wait()
-	return time.Since(begin), err
+	err = g.Wait()
+	return time.Since(begin), processorTime() - used, err
+}
+
+// processorTime is what this process has used of the processors.
+func processorTime() time.Duration {
+	var u unix.Rusage
+	unix.Getrusage(unix.RUSAGE_SELF, &u)
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
 // perByte is how many nanoseconds of one core a stage takes for a byte, by calls that each take 1 MiB.

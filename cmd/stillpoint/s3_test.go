@@ -184,7 +184,7 @@ func TestBucketRemote(t *testing.T) {
 			if len(status) != 1 || status[0].Backups != 1 {
 				t.Errorf("%+v", status)
 			}
-			run(t, 0, with("forget", handle)...)
+			run(t, 0, with("forget", "--force", handle)...)
 			for _, object := range s.Objects(t, bucket, "") {
 				if !strings.HasPrefix(object, "of/this/test/") {
 					t.Errorf("outside of the prefix: %s", object)
