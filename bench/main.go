@@ -114,6 +114,7 @@ func (b *bench) say(format string, args ...any) { fmt.Fprintf(b.out, format+"\n"
 type usage struct {
 	wall time.Duration
 	cpu  time.Duration // user and system
+	busy time.Duration // of all processors, by everybody, while it ran
 	peak int64         // resident memory, bytes
 	text []byte        // standard output
 }
@@ -129,13 +130,25 @@ func (b *bench) time(ctx context.Context, cold bool, env []string, name string, 
 	var stdout, stderr bytes.Buffer
 	c := exec.CommandContext(ctx, name, args...)
 	c.Env, c.Stdout, c.Stderr = append(b.env, env...), &stdout, &stderr
-	begin := time.Now()
+	begin, busy := time.Now(), busyTime()
 	if err := c.Run(); err != nil {
 		return usage{}, fmt.Errorf("%s %s: %w: %s%s", filepath.Base(name), strings.Join(args, " "), err, stdout.Bytes(), stderr.Bytes())
 	}
-	u := usage{wall: time.Since(begin), cpu: c.ProcessState.UserTime() + c.ProcessState.SystemTime(), text: stdout.Bytes()}
+	u := usage{wall: time.Since(begin), cpu: c.ProcessState.UserTime() + c.ProcessState.SystemTime(), busy: busyTime() - busy, text: stdout.Bytes()}
 	u.peak = c.ProcessState.SysUsage().(*syscall.Rusage).Maxrss * kib
 	return u, nil
+}
+
+// busyTime is how long the processors have not been idle since the machine started, all together; proc(5), /proc/stat.
+func busyTime() time.Duration {
+	text, err := os.ReadFile("/proc/stat")
+	if err != nil {
+		return 0
+	}
+	var user, nice, system, idle, iowait, irq, softirq int64
+	fmt.Sscanf(string(text), "cpu %d %d %d %d %d %d %d", &user, &nice, &system, &idle, &iowait, &irq, &softirq)
+	const tick = 10 * time.Millisecond // USER_HZ is 100 on every Linux that Go runs on
+	return time.Duration(user+nice+system+irq+softirq) * tick
 }
 
 func (b *bench) stillpoint(ctx context.Context, cold bool, args ...string) (usage, error) {

@@ -26,8 +26,8 @@ func (b *bench) s3(ctx context.Context) error {
 	}
 	b.say("\n## Remotes in a bucket\n")
 	b.say("The image of the part above, into a folder and into buckets of S3 stores on this machine, one after the other.\n")
-	b.say("| remote | full, s | ÷ folder | incremental, s | ÷ folder | restore, s | ÷ folder |")
-	b.say("|---|---|---|---|---|---|---|")
+	b.say("| remote | full, s | ÷ folder | incremental, s | ÷ folder | restore, s | ÷ folder | processors in the full, s: Stillpoint, everything |")
+	b.say("|---|---|---|---|---|---|---|---|")
 	folder, err := b.throughRemote(ctx, image, "folder", "  path: "+filepath.Join(b.lab.Dir, "remote"))
 	if err != nil {
 		return err
@@ -36,7 +36,8 @@ func (b *bench) s3(ctx context.Context) error {
 		cell := func(u, than usage) string {
 			return fmt.Sprintf("%.2f | %.2f", u.wall.Seconds(), u.wall.Seconds()/than.wall.Seconds())
 		}
-		b.say("| %s | %s | %s | %s |", name, cell(m.full, folder.full), cell(m.incremental, folder.incremental), cell(m.restore, folder.restore))
+		b.say("| %s | %s | %s | %s | %.1f, %.1f |", name, cell(m.full, folder.full), cell(m.incremental, folder.incremental), cell(m.restore, folder.restore),
+			m.full.cpu.Seconds(), m.full.busy.Seconds())
 	}
 	row("folder", folder)
 	for _, kind := range s3.Kinds {
