@@ -178,28 +178,15 @@ func (t *target) claim() (bool, error) {
 
 // WriteAt writes, past the page cache where the alignment allows.
 func (t *target) WriteAt(ctx context.Context, p []byte, off int64) error {
-	return t.change(off, int64(len(p)), func() error {
-		for n := 0; n < len(p); {
-			if err := ctx.Err(); err != nil {
-				return err
-			}
-			piece, direct := nextPiece(p[n:], off+int64(n))
-			f := t.file
-			if direct {
-				f = t.direct
-			}
-			m, err := f.WriteAt(piece, off+int64(n))
-			if err != nil {
-				return errno(err)
-			}
-			n += m
-		}
-		return nil
-	})
+	return t.move(ctx, p, off, (*os.File).WriteAt)
 }
 
 // ReadAt reads, past the page cache where the alignment allows.
 func (t *target) ReadAt(ctx context.Context, p []byte, off int64) error {
+	return t.move(ctx, p, off, (*os.File).ReadAt)
+}
+
+func (t *target) move(ctx context.Context, p []byte, off int64, do func(f *os.File, p []byte, off int64) (int, error)) error {
 	return t.change(off, int64(len(p)), func() error {
 		for n := 0; n < len(p); {
 			if err := ctx.Err(); err != nil {
@@ -210,7 +197,7 @@ func (t *target) ReadAt(ctx context.Context, p []byte, off int64) error {
 			if direct {
 				f = t.direct
 			}
-			m, err := f.ReadAt(piece, off+int64(n))
+			m, err := do(f, piece, off+int64(n))
 			if err != nil {
 				return errno(err)
 			}
