@@ -93,8 +93,7 @@ func (w *Writer) put(ctx context.Context, p []byte, prefix content.IDPrefix, com
 func (w *Writer) has(ctx context.Context, id content.ID) bool {
 	s := w.use()
 	defer s.users.Done()
-	info, err := s.kopia.ContentInfo(ctx, id)
-	return err == nil && !info.Deleted
+	return has(ctx, s.kopia, id)
 }
 
 // Close ends the session. Without a Commit nothing of it will ever be seen, except by who continues from a checkpoint.
