@@ -37,20 +37,25 @@ func (b Budget) workers(each int64) int {
 	return min(max(6, 3*runtime.GOMAXPROCS(0)), 32, most)
 }
 
-// Pool is a Budget at work. Those who share one share its buffers, and so its memory and parallelism, and its bandwidth.
-// Whoever waits for a buffer gets one in his turn: backups that are short of nothing else get equal parts. Close it when
-// nobody uses it any more.
+// Pool is a Budget at work. Those who share one share its buffers and desks, and so its memory and parallelism, and its
+// bandwidth. Whoever waits for a buffer or a desk gets one in his turn: backups that are short of nothing else get equal
+// parts. Close it when nobody uses it any more.
 type Pool struct {
-	buffers chan buffer // as many as there are; those without memory get it when they are first taken
-	size    int64       // of a buffer, bytes
+	buffers chan buffer   // as many as there are; those without memory get it when they are first taken
+	desks   chan struct{} // places to work at: what a buffer holds is hashed, packed or written at one
+	size    int64         // of a buffer, bytes
 	limit   *rate.Limiter
 }
 
 // StorePool is for backups into a repository.
 func StorePool(b Budget, r *repository.Repository) *Pool {
 	size := max(r.ChunkSize(), 1<<20)
-	return newPool(b, size, size+storeMemory(r.ChunkSize()))
+	return newPool(b, size, (1+readAhead)*size+storeMemory(r.ChunkSize()), 1+readAhead)
 }
+
+// readAhead is how many buffers are being read or wait full for each that is being stored: enough that a disk is never
+// idle while there is work for the processors, nor they while the disk has an answer on its way.
+const readAhead = 2
 
 // readPool is for restoring from a repository: for each worker a window of some chunks, what is read of their packs, and
 // what it takes to unpack them.
@@ -58,7 +63,7 @@ func readPool(b Budget, r *repository.Repository) *Pool {
 	const window = 4 << 20
 	size := max(r.ChunkSize(), window)
 	b.Workers = cmp.Or(b.Workers, readers)
-	return newPool(b, size, size+r.ReadBuffer()+checkMemory(r.ChunkSize()))
+	return newPool(b, size, size+r.ReadBuffer()+checkMemory(r.ChunkSize()), 1)
 }
 
 // readers is how many read a repository at once if the memory allows: more than processors need, for what is far away
@@ -66,10 +71,12 @@ func readPool(b Budget, r *repository.Repository) *Pool {
 const readers = 16
 
 // copyPool is for copying snapshots.
-func copyPool(b Budget) *Pool { return newPool(b, 1<<20, 1<<20) }
+func copyPool(b Budget) *Pool { return newPool(b, 1<<20, 1<<20, 1) }
 
-func newPool(b Budget, size, each int64) *Pool {
-	p := &Pool{buffers: make(chan buffer, b.workers(each)), size: size}
+// newPool has as many desks as there is memory for: each with so many buffers takes so much of it.
+func newPool(b Budget, size, each int64, buffers int) *Pool {
+	desks := b.workers(each)
+	p := &Pool{buffers: make(chan buffer, desks*buffers), desks: make(chan struct{}, desks), size: size}
 	for range cap(p.buffers) {
 		p.buffers <- buffer{}
 	}
@@ -80,10 +87,32 @@ func newPool(b Budget, size, each int64) *Pool {
 }
 
 // workers is how many can work at once.
-func (p *Pool) workers() int { return cap(p.buffers) }
+func (p *Pool) workers() int { return cap(p.desks) }
 
-// take waits for a buffer.
+// readers is how many can read ahead of them at once.
+func (p *Pool) readers() int { return cap(p.buffers) - cap(p.desks) }
+
+// take waits for a buffer and a desk, for those who read and work in one go.
 func (p *Pool) take(ctx context.Context) (buffer, error) {
+	b, err := p.borrow(ctx)
+	if err != nil {
+		return b, err
+	}
+	if err := p.sit(ctx); err != nil {
+		p.put(b)
+		return buffer{}, err
+	}
+	return b, nil
+}
+
+// give returns both.
+func (p *Pool) give(b buffer) {
+	p.rise()
+	p.put(b)
+}
+
+// borrow waits for a buffer.
+func (p *Pool) borrow(ctx context.Context) (buffer, error) {
 	select {
 	case b := <-p.buffers:
 		if b.p != nil {
@@ -99,8 +128,20 @@ func (p *Pool) take(ctx context.Context) (buffer, error) {
 	}
 }
 
-// give puts a buffer back.
-func (p *Pool) give(b buffer) { p.buffers <- b }
+// put gives a buffer back.
+func (p *Pool) put(b buffer) { p.buffers <- b }
+
+// sit waits for a desk. Who has one needs nothing else of the pool to come to an end, so that nobody waits for ever.
+func (p *Pool) sit(ctx context.Context) error {
+	select {
+	case p.desks <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (p *Pool) rise() { <-p.desks }
 
 // throttle waits until n bytes more may be read; n is at most a buffer.
 func (p *Pool) throttle(ctx context.Context, n int64) error {

@@ -20,8 +20,8 @@ import (
 	"stillpoint.io/stillpoint/fault"
 )
 
-// A line is the production line of a backup: one goroutine feeds it with extents, some work on jobs, one writes the
-// index. Everything moves through channels of a fixed length. A segment's chunk list is filled by whoever works on
+// A line is the production line of a backup: one goroutine feeds it with extents, some read them, some hash and store
+// what was read, one writes the index. Everything moves through channels of a fixed length. A segment's chunk list is filled by whoever works on
 // its jobs, each at a place of its own; when the last of them is done the segment goes to the index, in order.
 type line struct {
 	r        *repository.Repository
@@ -39,6 +39,7 @@ type line struct {
 	keeper keeper
 
 	jobs   chan job
+	loads  chan load
 	pieces chan piece
 	window *semaphore.Weighted // bytes that may be read before they are in the index
 	free   sync.Pool           // of *segment
@@ -69,6 +70,12 @@ type job struct {
 	segment      *segment // nil: audit the chunk
 	first, count int      // chunks of the segment; count 0: get the base's list
 	audit        int64    // the chunk's number
+}
+
+// load is a job whose bytes were read.
+type load struct {
+	job
+	buffer
 }
 
 // segment is being made from a base's chunks and new ones.
@@ -102,9 +109,9 @@ func newLine(q Request, source adapters.Image, base *repository.Image, w *reposi
 	if base != nil {
 		l.data = base.Data()
 	}
-	l.jobs, l.pieces = make(chan job, l.pool.workers()), make(chan piece, 2*l.pool.workers())
-	// Enough for one whole segment, and for every worker to go on with the next: what is in it is lost to a checkpoint.
-	l.window = semaphore.NewWeighted(repository.SegmentSize + 2*int64(l.pool.workers())*l.buffer)
+	l.jobs, l.loads, l.pieces = make(chan job, l.pool.readers()), make(chan load), make(chan piece, 2*l.pool.workers())
+	// Enough for one whole segment, and for everybody to go on with the next: what is in it is lost to a checkpoint.
+	l.window = semaphore.NewWeighted(repository.SegmentSize + int64(2*l.pool.workers()+l.pool.readers())*l.buffer)
 	l.free.New = func() any {
 		return &segment{chunks: make([]repository.Chunk, 0, repository.SegmentSize/l.chunk), done: make(chan struct{}, 1)}
 	}
@@ -159,31 +166,69 @@ func (l *line) run(ctx context.Context, extents cbt.Seq) (repository.ImageID, er
 		image, err = l.finish(ctx)
 		return err
 	})
+	g.Go(func() error {
+		defer close(l.loads)
+		readers, ctx := errgroup.WithContext(ctx)
+		for range l.pool.readers() {
+			readers.Go(func() error { return l.readAll(ctx) })
+		}
+		return readers.Wait()
+	})
 	for range l.pool.workers() {
-		g.Go(func() error {
-			for j := range l.jobs {
-				if err := l.take(ctx, j); err != nil {
-					return err
-				}
-			}
-			return nil
-		})
+		g.Go(func() error { return l.storeAll(ctx) })
 	}
 	err := g.Wait()
+	for f := range l.loads { // of a line that was stopped
+		l.pool.put(f.buffer)
+	}
 	if _, distrusted := errors.AsType[*distrustError](err); err != nil && !distrusted && fault.KindOf(err) != fault.Corrupt {
 		err = errors.Join(err, l.keeper.last(outer, l.index.Part(), l.data))
 	}
 	return image, err
 }
 
-// take does a job when there is a buffer for it.
-func (l *line) take(ctx context.Context, j job) error {
-	b, err := l.pool.take(ctx)
-	if err != nil {
+// readAll reads what the jobs ask for, as long as there are jobs.
+func (l *line) readAll(ctx context.Context) error {
+	for j := range l.jobs {
+		if j.segment != nil && j.count == 0 {
+			if err := l.recall(ctx, j.segment); err != nil {
+				return err
+			}
+			continue
+		}
+		b, err := l.pool.borrow(ctx)
+		if err != nil {
+			return err
+		}
+		off, length := l.place(j)
+		if err = l.fill(ctx, b.p, off, length); err == nil {
+			select {
+			case l.loads <- load{j, b}:
+				continue
+			case <-ctx.Done():
+				err = ctx.Err()
+			}
+		}
+		l.pool.put(b)
 		return err
 	}
-	defer l.pool.give(b)
-	return l.work(ctx, j, b.p)
+	return nil
+}
+
+// storeAll does the jobs whose bytes were read.
+func (l *line) storeAll(ctx context.Context) error {
+	for f := range l.loads {
+		err := l.pool.sit(ctx)
+		if err == nil {
+			err = l.work(ctx, f.job, f.p)
+			l.pool.rise()
+		}
+		l.pool.put(f.buffer)
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (l *line) segments() int {
@@ -211,27 +256,33 @@ func (l *line) finished(s *segment) {
 	}
 }
 
-// work does a job. p is the worker's own buffer.
-func (l *line) work(ctx context.Context, j job, p []byte) error {
+// place is what a job reads.
+func (l *line) place(j job) (off, length int64) {
 	if j.segment == nil {
-		return l.auditChunk(ctx, j.audit, p)
+		off = j.audit * l.chunk
+		return off, min(l.chunk, l.size-off)
+	}
+	start, _ := l.bounds(j.segment.n)
+	first := int64(j.first) * l.chunk
+	return start + first, min(int64(j.count)*l.chunk, j.segment.length-first)
+}
+
+// recall gets the base's list of a segment's chunks.
+func (l *line) recall(ctx context.Context, s *segment) (err error) {
+	if s.base, err = l.base.Chunks(ctx, s.n); err != nil {
+		return baseFault(ctx, err)
+	}
+	l.finished(s)
+	return nil
+}
+
+// work does a job with what was read for it.
+func (l *line) work(ctx context.Context, j job, p []byte) error {
+	at, length := l.place(j)
+	if j.segment == nil {
+		return l.auditChunk(ctx, j.audit, p[:length])
 	}
 	s := j.segment
-	if j.count == 0 {
-		base, err := l.base.Chunks(ctx, s.n)
-		if err != nil {
-			return baseFault(ctx, err)
-		}
-		s.base = base
-		l.finished(s)
-		return nil
-	}
-	start, _ := l.bounds(s.n)
-	at := start + int64(j.first)*l.chunk
-	length := min(int64(j.count)*l.chunk, s.length-int64(j.first)*l.chunk)
-	if err := l.fill(ctx, p, at, length); err != nil {
-		return err
-	}
 	l.read.Add(length)
 	for i := range j.count {
 		n := s.chunkLength(j.first+i, l.chunk)

@@ -227,7 +227,7 @@ func (c *comparer) run(ctx context.Context, extents []cbt.Extent, budget Budget)
 		}
 	}
 	c.unit = max(size, 1<<20)
-	c.pool = newPool(budget, c.unit, c.unit+4*size)
+	c.pool = newPool(budget, c.unit, c.unit+4*size, 1)
 	defer c.pool.Close()
 	for len(runs) > 0 {
 		n, length := 0, int64(0)

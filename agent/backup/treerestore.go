@@ -106,7 +106,7 @@ func (s Source) pool(b Budget) *Pool {
 	if s.repository != nil {
 		return readPool(b, s.repository)
 	}
-	return newPool(b, chunkOf(s), chunkOf(s)+checkMemory(chunkOf(s)))
+	return newPool(b, chunkOf(s), chunkOf(s)+checkMemory(chunkOf(s)), 1)
 }
 
 func chunkOf(s Source) int64 {

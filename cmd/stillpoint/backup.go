@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -16,12 +17,13 @@ import (
 	"stillpoint.io/stillpoint/fault"
 )
 
-// The cuts that the command backup makes by itself are named by their time and the remote they are for. A snapshot with
-// such a name is deleted once a newer backup in that remote has taken its place as the base of the next increment.
-const ownCutLayout = "backup-20060102t150405"
+// The cuts that the command backup makes by itself are named by their time, to the millisecond, and the remote they are
+// for. A snapshot with such a name is deleted once a newer backup in that remote has taken its place as the base of the
+// next increment.
+const ownCutLayout = "backup-20060102t150405.000" // with a dash for the dot
 
 func ownCut(at time.Time, remote string) string {
-	name := at.UTC().Format(ownCutLayout)
+	name := strings.Replace(at.UTC().Format(ownCutLayout), ".", "-", 1)
 	if remote != defaultRemote {
 		name += "-" + remote
 	}
@@ -33,7 +35,8 @@ func isOwnCut(wanted, remote string) bool {
 	if len(wanted) < len(ownCutLayout) {
 		return false
 	}
-	at, err := time.Parse(ownCutLayout, wanted[:len(ownCutLayout)])
+	second := strings.Index(ownCutLayout, ".")
+	at, err := time.Parse(ownCutLayout, wanted[:second]+"."+wanted[second+1:len(ownCutLayout)])
 	return err == nil && wanted == ownCut(at, remote)
 }
 

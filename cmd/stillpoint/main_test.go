@@ -398,11 +398,13 @@ func TestSecretsStaySecret(t *testing.T) {
 // Only the names that backup itself gives are its own: a user's snapshots stay.
 func TestOwnCuts(t *testing.T) {
 	for name, want := range map[string]bool{
-		time.Now().UTC().Format(ownCutLayout): true,
-		"backup-monday":                       false,
-		"backup-":                             false,
-		"backup-20261123t101112-before":       false,
-		"monday":                              false,
+		ownCut(time.Now(), defaultRemote):  true,
+		"backup-20261123t101112-000":       true,
+		"backup-20261123t101112-000-other": false,
+		"backup-monday":                    false,
+		"backup-":                          false,
+		"backup-20261123t101112-before":    false,
+		"monday":                           false,
 	} {
 		if isOwnCut(name, defaultRemote) != want {
 			t.Errorf("isOwnCut(%q) = %v", name, !want)
