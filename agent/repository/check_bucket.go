@@ -126,13 +126,19 @@ func apart(stamp, from, to time.Time) time.Duration {
 // lockTime is for how long the check has an object retained.
 const lockTime = 5 * time.Second
 
-// objectLock makes sure that an object which is retained stays.
-func (b *bucket) objectLock(ctx context.Context) (finding, error) {
+// locks is Unsupported if the bucket has no object lock.
+func (b *bucket) locks(ctx context.Context) error {
 	enabled, _, _, _, err := b.core.GetObjectLockConfig(ctx, b.at.Bucket)
 	if a := new(minio.ErrorResponse); errors.As(err, a) && strings.HasPrefix(a.Code, "ObjectLockConfigurationNotFound") || err == nil && enabled != "Enabled" {
-		return finding{}, fault.Errorf(fault.Unsupported, "the bucket has no object lock: most stores allow it only when a bucket is made, so make a new one with it")
-	} else if err != nil {
-		return finding{}, storeFault(err)
+		return fault.Errorf(fault.Unsupported, "the bucket has no object lock: most stores allow it only when a bucket is made, so make a new one with it")
+	}
+	return storeFault(err)
+}
+
+// objectLock makes sure that an object which is retained stays.
+func (b *bucket) objectLock(ctx context.Context) (finding, error) {
+	if err := b.locks(ctx); err != nil {
+		return finding{}, err
 	}
 	put, sum, err := upload(slice("kept"))
 	if err != nil {
