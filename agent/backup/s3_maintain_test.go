@@ -39,7 +39,7 @@ func (w *world) days(n int) (wants map[string][]byte) {
 	for day := range n {
 		w.repo = w.later(time.Duration(day) * 25 * time.Hour)
 		if day < n-3 { // then nothing is left but to wait
-			w.write(random(rng, 24<<20), 50<<20)
+			w.write(random(rng, 24<<20), 20<<20)
 		}
 		s, want := w.cut()
 		r := w.backup(s)
