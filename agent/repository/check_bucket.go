@@ -36,6 +36,7 @@ func (c *checker) bucket(ctx context.Context, name string) (err error) {
 	if !c.contract(ctx, b) {
 		return c.first
 	}
+	c.try(ctx, "leftovers", func(ctx context.Context) (finding, error) { return b.sweepChecks(ctx, name) })
 	c.try(ctx, "conditional", b.conditional)
 	c.try(ctx, "clock", b.clock)
 	if c.o.ObjectLock {
@@ -179,20 +180,9 @@ func (b *bucket) purge(ctx context.Context) error {
 
 // purgeOnce says whether something is left that may go later.
 func (b *bucket) purgeOnce(ctx context.Context) (left bool, err error) {
-	list := func(versions bool) (all []minio.ObjectInfo, err error) {
-		for o := range b.core.ListObjectsIter(ctx, b.at.Bucket, minio.ListObjectsOptions{Prefix: b.prefix, Recursive: true, WithVersions: versions}) {
-			if o.Err != nil {
-				return nil, storeFault(o.Err)
-			}
-			all = append(all, o)
-		}
-		return all, nil
-	}
-	all, err := list(true)
-	if err != nil { // a store without versions may not know how to list them
-		if all, err = list(false); err != nil {
-			return false, err
-		}
+	all, err := b.versions(ctx, b.prefix)
+	if err != nil {
+		return false, err
 	}
 	for _, o := range all {
 		opts := minio.RemoveObjectOptions{VersionID: o.VersionID}
@@ -208,4 +198,47 @@ func (b *bucket) purgeOnce(ctx context.Context) (left bool, err error) {
 		}
 	}
 	return left, err
+}
+
+// versions lists the objects whose names begin with a prefix, with all their versions where the store keeps them.
+func (b *bucket) versions(ctx context.Context, prefix string) ([]minio.ObjectInfo, error) {
+	list := func(versions bool) (all []minio.ObjectInfo, err error) {
+		for o := range b.core.ListObjectsIter(ctx, b.at.Bucket, minio.ListObjectsOptions{Prefix: prefix, Recursive: true, WithVersions: versions}) {
+			if o.Err != nil {
+				return nil, storeFault(o.Err)
+			}
+			all = append(all, o)
+		}
+		return all, nil
+	}
+	all, err := list(true)
+	if err != nil { // a store without versions may not know how to list them
+		return list(false)
+	}
+	return all, nil
+}
+
+// sweepChecks removes what checks left beside this one, which were killed.
+func (b *bucket) sweepChecks(ctx context.Context, own string) (finding, error) {
+	parent := strings.TrimSuffix(b.prefix, own+"/")
+	all, err := b.versions(ctx, parent+checkFolder)
+	if err != nil {
+		return finding{}, err
+	}
+	last := map[string]time.Time{}
+	for _, o := range all {
+		folder, _, _ := strings.Cut(strings.TrimPrefix(o.Key, parent), "/")
+		if o.LastModified.After(last[folder]) {
+			last[folder] = o.LastModified
+		}
+	}
+	old := leftovers(last, own)
+	for _, name := range old {
+		gone := *b
+		gone.prefix = parent + name + "/"
+		if err := gone.purge(ctx); err != nil {
+			return finding{}, err
+		}
+	}
+	return swept(old), nil
 }
