@@ -110,14 +110,19 @@ func create(ctx context.Context, at Location, passphrase adapters.Secret, o Opti
 	if passphrase.Reveal() == "" {
 		return fault.Errorf(fault.Invalid, "repository %s: the passphrase is empty", at)
 	}
+	retain, err := o.retention(at)
+	if err != nil {
+		return err
+	}
 	st, err := at.create(ctx)
 	if err != nil {
 		return err
 	}
 	defer st.Close(context.WithoutCancel(ctx))
-	retain, err := o.retention(ctx, at, st)
-	if err != nil {
-		return err
+	if b, ok := st.(*bucket); ok && retain.IsRetentionEnabled() {
+		if err := b.locks(ctx); err != nil {
+			return at.fault("creating", err)
+		}
 	}
 	err = repo.Initialize(ctx, st, &repo.NewRepositoryOptions{
 		RetentionMode: retain.RetentionMode, RetentionPeriod: retain.RetentionPeriod,
@@ -153,22 +158,21 @@ func create(ctx context.Context, at Location, passphrase adapters.Secret, o Opti
 	return at.fault("creating", errors.Join(err, k.Close(ctx)))
 }
 
-// retention is how kopia is told, after a look whether the place can do it.
-func (o Options) retention(ctx context.Context, at Location, st blob.Storage) (c format.BlobStorageConfiguration, err error) {
+// retention is how kopia is told.
+func (o Options) retention(at Location) (c format.BlobStorageConfiguration, err error) {
 	mode := cmp.Or(o.RetainMode, Governance)
-	switch b, isBucket := st.(*bucket); {
+	switch {
 	case o.Retain == 0 && o.RetainMode == "":
 		return c, nil
 	case mode != Governance && mode != Compliance:
 		return c, fault.Errorf(fault.Invalid, "retention mode %q: must be %s or %s", mode, Governance, Compliance)
 	case o.Retain < MinRetain:
 		return c, fault.Errorf(fault.Invalid, "blobs retained for %v: must be %v or longer, so that maintenance, which begins the time anew every day, comes early enough", o.Retain, MinRetain)
-	case !isBucket:
+	case at.S3 == nil:
 		return c, fault.Errorf(fault.Unsupported, "repository %s: a folder has no object lock; a bucket can have it", at)
-	default:
-		c.RetentionMode, c.RetentionPeriod = blob.RetentionMode(strings.ToUpper(string(mode))), o.Retain
-		return c, at.fault("creating", b.locks(ctx))
 	}
+	c.RetentionMode, c.RetentionPeriod = blob.RetentionMode(strings.ToUpper(string(mode))), o.Retain
+	return c, nil
 }
 
 func hostOr(name string) (string, error) {
