@@ -2,11 +2,15 @@ package backup
 
 import (
 	"context"
+	"fmt"
+	"maps"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"testing"
 
 	"stillpoint.io/stillpoint/adapters"
+	"stillpoint.io/stillpoint/adapters/adaptertest"
 	"stillpoint.io/stillpoint/adapters/mem"
 	"stillpoint.io/stillpoint/agent/repository"
 	"stillpoint.io/stillpoint/fault"
@@ -135,4 +139,92 @@ func TestDamageFoundMeanwhile(t *testing.T) {
 		t.Error(err)
 	}
 	mustEqual(t, "the backup", w.content(r.Backup), want)
+}
+
+// The same of a tree of files, of which one directory is so large that it takes several contents.
+func TestDamageOfTreeIsStoredAnew(t *testing.T) {
+	for name, spoilt := range map[string]func(path string) bool{
+		"a file":            func(path string) bool { return path == "d/small" },
+		"a large file":      func(path string) bool { return path == "d/large" },
+		"a directory":       func(path string) bool { return path == "d" },
+		"a large directory": func(path string) bool { return path == "wide" },
+		"everything":        func(string) bool { return true },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			g := newGrove(t)
+			rng := rand.New(rand.NewPCG(9, 10))
+			g.apply(
+				func(m *adaptertest.TreeModel) error { return m.Mkdir("d", rng) },
+				func(m *adaptertest.TreeModel) error { return m.Mkdir("wide", rng) },
+				func(m *adaptertest.TreeModel) error { return m.Write("d/small", []byte("a few bytes"), 0, rng) },
+				func(m *adaptertest.TreeModel) error { return m.Write("d/large", random(rng, 300<<10), 0, rng) },
+				func(m *adaptertest.TreeModel) error {
+					for i := range 2500 {
+						if err := m.Write(fmt.Sprintf("wide/%s%d", strings.Repeat("long", 50), i), nil, 0, rng); err != nil {
+							return err
+						}
+					}
+					return nil
+				},
+			)
+			s, _ := g.cutTree()
+			old := g.backup(s)
+			w := &sick{world: g.world, t: t}
+			contents := treeContents(t, g.repo, old.Backup, spoilt)
+			if name == "a large directory" && len(contents) < 3 {
+				t.Errorf("it has %d contents", len(contents))
+			}
+			w.spoil(contents...)
+			w.reopen()
+			if _, err := VerifyAll(t.Context(), VerifyRequest{Repository: w.repo, All: true}); fault.KindOf(err) != fault.Corrupt {
+				t.Fatalf("not found: %v", err)
+			}
+			s, want := g.cutTree()
+			r := g.backup(s)
+			if r.Kind != repository.Full {
+				t.Errorf("%s, %s", r.Kind, r.Reason)
+			}
+			w.reopen()
+			mustHold(t, w.repo, r.Backup, want)
+			mustHold(t, w.repo, old.Backup, want)
+		})
+	}
+}
+
+// treeContents are the contents of those entries of a tree, each once.
+func treeContents(t *testing.T, r *repository.Repository, handle string, which func(path string) bool) []string {
+	t.Helper()
+	b, err := r.Backup(t.Context(), backupID(t, handle))
+	if err != nil {
+		t.Fatal(err)
+	}
+	tree, err := r.OpenTree(t.Context(), b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	seen := map[string]bool{}
+	var walk func(path string, e repository.TreeEntry)
+	walk = func(path string, e repository.TreeEntry) {
+		if which(path) {
+			all, err := tree.Contents(t.Context(), e)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, c := range all {
+				seen[c.String()] = true
+			}
+		}
+		if e.Type != adapters.Directory {
+			return
+		}
+		for child, err := range tree.Below(t.Context(), e) {
+			if err != nil {
+				t.Fatal(err)
+			}
+			walk(join(path, child.Name), child)
+		}
+	}
+	walk("", tree.Root())
+	return slices.Sorted(maps.Keys(seen))
 }
