@@ -218,12 +218,19 @@ func (m *TreeModel) Rename(old, path string) error {
 	return m.volume.Rename(old, path)
 }
 
-// Remove removes something, with all below it.
+// Remove removes something, with all below it. Of a file that was touched and has other names, those are touched now.
 func (m *TreeModel) Remove(path string) error {
-	for p := range m.at {
+	touched := map[*plant]bool{}
+	for p, x := range m.at {
 		if below(p, path) {
+			touched[x] = touched[x] || m.touched[p]
 			delete(m.at, p)
 			delete(m.touched, p)
+		}
+	}
+	for p, x := range m.at {
+		if touched[x] {
+			m.touched[p] = true
 		}
 	}
 	m.touched[parent(path)] = true

@@ -12,10 +12,7 @@ import (
 	"stillpoint.io/stillpoint/fault"
 )
 
-// auditedRecord is the repository's record of what was looked at of a volume; the key is the volume's handle.
-const auditedRecord repository.RecordKind = "audited"
-
-// audited is that record. The coverage's instants are those of the snapshots that were read, by the backend's clock.
+// audited is the repository's record of what was looked at of a volume, an AuditedRecord. The coverage's instants are those of the snapshots that were read, by the backend's clock.
 type audited struct {
 	Coverage *audit.Coverage `json:"coverage"`
 	Scrubbed time.Time       `json:"scrubbed,omitzero"` // when the volume was last scrubbed
@@ -24,7 +21,7 @@ type audited struct {
 // loadAudited reads a volume's record. Without one (or with one that cannot be read, which is no reason to fail) it says
 // what the backups prove: at least what the last full backup did not read was never looked at.
 func loadAudited(ctx context.Context, r *repository.Repository, volume adapters.VolumeID) (audited, error) {
-	a, found, err := repository.Record[audited](ctx, r, auditedRecord, volume.String())
+	a, found, err := repository.Record[audited](ctx, r, repository.AuditedRecord, volume.String())
 	switch {
 	case errors.Is(err, fault.Corrupt), errors.Is(err, fault.Unsupported):
 		found = false
@@ -66,5 +63,5 @@ func putAudited(ctx context.Context, r *repository.Repository, s adapters.Snapsh
 	if !scrubbed.IsZero() {
 		a.Scrubbed = scrubbed.UTC()
 	}
-	return a, r.PutRecord(ctx, auditedRecord, s.ID.Volume.String(), a)
+	return a, r.PutRecord(ctx, repository.AuditedRecord, s.ID.Volume.String(), a)
 }

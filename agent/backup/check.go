@@ -29,6 +29,7 @@ type checker struct {
 	seen     repository.ChunkSet
 	bad      map[repository.Chunk]string // chunks that are not right, and why
 	told     map[repository.Chunk]bool   // other contents that were reported as part of a backup
+	parts    map[repository.Chunk]bool   // those of told that are bad
 }
 
 func newChecker(m *repository.Medium, quick bool, budget Budget, progress *Progress) *checker {
@@ -38,7 +39,7 @@ func newChecker(m *repository.Medium, quick bool, budget Budget, progress *Progr
 	return &checker{
 		m: m, quick: quick, progress: progress, workers: budget.workers(m.Repository().ReadBuffer() + checkMemory(m.Repository().ChunkSize())),
 		segments: map[repository.Segment]int64{}, broken: map[repository.Segment]string{}, bad: map[repository.Chunk]string{},
-		told: map[repository.Chunk]bool{},
+		told: map[repository.Chunk]bool{}, parts: map[repository.Chunk]bool{},
 	}
 }
 
@@ -59,6 +60,9 @@ func (c *checker) backup(ctx context.Context, b repository.Backup) (f finding, e
 		if len(f.hurts) > 0 {
 			for _, k := range c.m.Parts(ctx, b) {
 				c.told[k] = true
+				if _, lost := c.m.Check(ctx, k, c.quick); fault.KindOf(lost) == fault.Corrupt {
+					c.parts[k] = true
+				}
 			}
 		}
 	}()
@@ -238,6 +242,28 @@ func (c *checker) spoilt(chunk repository.Chunk, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.bad[chunk] = err.Error()
+}
+
+// note records everything bad that was found, and the loose besides, so that the next backup stores it anew. A repository
+// that cannot be written from here can be checked all the same.
+func (c *checker) note(ctx context.Context, others []loose) error {
+	var bad []repository.Chunk
+	for k := range c.bad {
+		bad = append(bad, k)
+	}
+	for s := range c.broken {
+		bad = append(bad, s.Index())
+	}
+	for k := range c.parts {
+		bad = append(bad, k)
+	}
+	for _, l := range others {
+		bad = append(bad, l.chunk)
+	}
+	if err := c.m.NoteDamage(ctx, bad); fault.KindOf(err) != fault.Invalid {
+		return err
+	}
+	return nil
 }
 
 // loose is a bad content that no backup was seen to refer to.

@@ -51,6 +51,7 @@ type Facts struct {
 	ChunkSize  int64                  // of the repository, bytes
 	Existing   *repository.Backup     // what bears ID already
 	Unfinished *repository.Checkpoint // of ID
+	Spoilt     bool                   // that is damaged, and only to be replaced
 	Backups    []repository.Backup    // of the volume
 	Snapshots  []adapters.Snapshot    // of the volume, verified, in the backend
 }
@@ -167,7 +168,7 @@ func (f Facts) judgeBase(p *Plan) {
 // what it was told by the backend may still be believed.
 func (f Facts) resume(p *Plan) bool {
 	c := f.Unfinished
-	if c == nil || !isOf(c.Backup, f.Snapshot) || c.Size != f.Snapshot.Size || c.ChunkSize != f.ChunkSize || f.Full && c.Kind != repository.Full || p.Whole {
+	if c == nil || f.Spoilt || !isOf(c.Backup, f.Snapshot) || c.Size != f.Snapshot.Size || c.ChunkSize != f.ChunkSize || f.Full && c.Kind != repository.Full || p.Whole {
 		return false
 	}
 	if c.Kind == repository.Incremental {
@@ -257,5 +258,36 @@ func Prepare(ctx context.Context, q Request) (Plan, error) {
 			f.Snapshots = append(f.Snapshots, s)
 		}
 	}
+	return makeSoundPlan(ctx, q.Repository, f)
+}
+
+// makeSoundPlan plans without what would hand on damage that is known: a checkpoint that refers to such contents is not
+// continued, and with a base that does the backup is a full one. It stores anew what is damaged, which makes the base
+// whole as well where the volume still has the bytes.
+func makeSoundPlan(ctx context.Context, r *repository.Repository, f Facts) (Plan, error) {
+	p, err := MakePlan(f)
+	if err == nil && p.Resume != nil {
+		part := p.Resume.Backup
+		part.Size = p.Resume.Done
+		why, err := r.Hurt(ctx, part)
+		if err != nil {
+			return Plan{}, err
+		}
+		if why != "" {
+			f.Spoilt = true
+			p, err = MakePlan(f)
+		}
+		if err != nil {
+			return Plan{}, err
+		}
+	}
+	if err != nil || p.Base == nil {
+		return p, err
+	}
+	why, err := r.Hurt(ctx, *p.Base)
+	if err != nil || why == "" {
+		return p, err
+	}
+	f.Distrust = fmt.Sprintf("its base %s is damaged: %s", p.Base.Handle, why)
 	return MakePlan(f)
 }

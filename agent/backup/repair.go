@@ -160,10 +160,13 @@ func (p *repairer) examine(ctx context.Context, chosen, everybody []repository.B
 		}
 	}
 	if !p.q.All {
-		return nil
+		return p.note(ctx, c, nil)
 	}
 	loose, err := c.rest(ctx)
 	if err != nil {
+		return err
+	}
+	if err := p.note(ctx, c, loose); err != nil {
 		return err
 	}
 	to := &report.Dropped
@@ -177,6 +180,14 @@ func (p *repairer) examine(ctx context.Context, chosen, everybody []repository.B
 		return nil
 	}
 	return drop(ctx, m, loose)
+}
+
+// note records what is bad: what cannot be stored again now is so by the next backup that has it.
+func (p *repairer) note(ctx context.Context, c *checker, others []loose) error {
+	if p.q.DryRun {
+		return nil
+	}
+	return c.note(ctx, others)
 }
 
 // hidden says that some index is broken: what is in it is not known to be referred to.

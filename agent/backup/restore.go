@@ -75,6 +75,7 @@ func Restore(ctx context.Context, q RestoreRequest) (RestoreReport, error) {
 			return RestoreReport{}, err
 		}
 		report, err := restoreTree(ctx, q)
+		err = errors.Join(err, q.Source.noteDamage(ctx, err))
 		report.Seconds = time.Since(started).Seconds()
 		return report, err
 	}
@@ -90,6 +91,7 @@ func Restore(ctx context.Context, q RestoreRequest) (RestoreReport, error) {
 		report, err = restore(ctx, q, from)
 	}
 	if err = errors.Join(err, from.image.Close()); err != nil {
+		err = errors.Join(err, q.Source.noteDamage(ctx, err))
 		return RestoreReport{}, fmt.Errorf("restoring %s to %s: %w", from.handle, q.Volume, err)
 	}
 	report.Seconds = time.Since(started).Seconds()
@@ -102,6 +104,17 @@ func suspected(why string, insist bool) error {
 		return nil
 	}
 	return fault.Errorf(fault.Corrupt, "the backup is suspect: %s; restore another, or insist on this one (--suspect)", why)
+}
+
+// noteDamage records what a restore found to be damaged, where the repository can be written.
+func (s Source) noteDamage(ctx context.Context, found error) error {
+	if s.repository == nil || fault.KindOf(found) != fault.Corrupt {
+		return nil
+	}
+	if err := s.repository.NoteDamageOf(context.WithoutCancel(ctx), found); fault.KindOf(err) != fault.Invalid {
+		return err
+	}
+	return nil
 }
 
 // opened is a source that can be read.

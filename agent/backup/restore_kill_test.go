@@ -54,8 +54,8 @@ func TestKilledRestore(t *testing.T) {
 	id := backupID(t, w.backup(s).Backup)
 	rng := rand.New(rand.NewPCG(uint64(time.Now().UnixNano()), 0))
 	pace := time.Hour // the first is not killed, and says how long a restore takes here
-	whole, found := 0, int64(0)
-	for run := range kills(12) {
+	killed, whole, found := 0, 0, int64(0)
+	for run := 0; killed < kills(12); run++ {
 		file := filepath.Join(pool.Mount, fmt.Sprintf("volume-%d.img", run))
 		after := pace
 		if run > 0 {
@@ -80,6 +80,10 @@ func TestKilledRestore(t *testing.T) {
 		timer.Stop()
 		if child.ProcessState.Exited() && err != nil {
 			t.Fatalf("the child failed: %v", err)
+		}
+		if !child.ProcessState.Exited() {
+			killed++
+			w.sound()
 		}
 		if run == 0 {
 			pace = time.Since(began)
@@ -110,5 +114,5 @@ func TestKilledRestore(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	t.Logf("%d were whole; the others continued with %d MiB", whole, found>>20)
+	t.Logf("%d kills; %d volumes were whole; the others continued with %d MiB", killed, whole, found>>20)
 }

@@ -39,7 +39,7 @@ func (w *world) slip(s adapters.SnapshotID, off int64) Report {
 		if r.Kind == repository.Incremental {
 			return r
 		}
-		if err := errors.Join(w.repo.Forget(w.t.Context(), backupID(w.t, r.Backup)), w.repo.PutRecord(w.t.Context(), auditedRecord, w.id.String(), before)); err != nil {
+		if err := errors.Join(w.repo.Forget(w.t.Context(), backupID(w.t, r.Backup)), w.repo.PutRecord(w.t.Context(), repository.AuditedRecord, w.id.String(), before)); err != nil {
 			w.t.Fatal(err)
 		}
 	}
@@ -337,7 +337,7 @@ func TestUnaudited(t *testing.T) {
 	if got := since(); !got.Equal(first.Created) {
 		t.Errorf("%v, want %v", got, first.Created)
 	}
-	if err := w.repo.PutRecord(t.Context(), auditedRecord, w.id.String(), map[string]any{"coverage": map[string]any{"version": 99}}); err != nil {
+	if err := w.repo.PutRecord(t.Context(), repository.AuditedRecord, w.id.String(), map[string]any{"coverage": map[string]any{"version": 99}}); err != nil {
 		t.Fatal(err)
 	}
 	if got := since(); !got.Equal(first.Created.Add(-time.Second)) {

@@ -84,7 +84,8 @@ func killedTreeChild() error {
 func TestTreeKilled(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, 64<<10, 4096)
-	const runs, most = 8, 4
+	const most = 4
+	runs := kills(8)
 	rng := rand.New(rand.NewPCG(uint64(time.Now().UnixNano()), 0))
 	pace, seen := time.Hour, 0
 	for run := range uint64(runs) {
@@ -93,10 +94,14 @@ func TestTreeKilled(t *testing.T) {
 			after = time.Duration(rng.Int64N(int64(pace)))
 		}
 		started := time.Now()
+		if run > 0 && run%killsEach == 0 {
+			w.anew(64 << 10)
+		}
 		reported := killSomewhere(t, "kill-tree", w.at, run, after, most)
 		if run == 0 {
 			pace = time.Since(started)
 		}
+		w.sound()
 		k, err := newKillTree(run)
 		if err != nil {
 			t.Fatal(err)

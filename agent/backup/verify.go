@@ -50,7 +50,8 @@ const badMax = 100 // so many of what is wrong are reported in words
 
 // Verify reads every chunk of a backup from the medium and checks it, and that its index and its description fit
 // together. A backup that cannot be restored bit for bit is a report together with an error of kind Corrupt. That
-// everything is right is recorded in the repository, unless that cannot be written.
+// everything is right is recorded in the repository, and so is what is damaged, unless it cannot be written: the next
+// backup stores that anew and relies on none of it.
 func Verify(ctx context.Context, q VerifyRequest) (VerifyReport, error) {
 	var report VerifyReport
 	q.Each = func(r VerifyReport) { report = r }
@@ -77,7 +78,11 @@ func VerifyAll(ctx context.Context, q VerifyRequest) (summary VerifySummary, err
 		c.progress.Total.Add(b.Data)
 	}
 	book := ledger{r: q.Repository}
-	defer func() { err = errors.Join(err, book.write(context.WithoutCancel(ctx))) }()
+	var loose []loose
+	defer func() {
+		ctx := context.WithoutCancel(ctx)
+		err = errors.Join(err, book.write(ctx), c.note(ctx, loose))
+	}()
 	var first error
 	for _, b := range chosen {
 		begun := time.Now()
@@ -101,7 +106,7 @@ func VerifyAll(ctx context.Context, q VerifyRequest) (summary VerifySummary, err
 		}
 	}
 	if q.All && q.OlderThan == 0 {
-		if summary.Rot, err = survey(ctx, c); err != nil {
+		if summary.Rot, loose, err = survey(ctx, c); err != nil {
 			return summary, err
 		}
 		if len(summary.Rot) > 0 {
@@ -168,26 +173,26 @@ func (r VerifyReport) fault() error {
 }
 
 // survey checks what no backup reads.
-func survey(ctx context.Context, c *checker) ([]string, error) {
+func survey(ctx context.Context, c *checker) ([]string, []loose, error) {
 	rot, err := c.m.Survey(ctx)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	var words []string
 	for _, r := range rot {
 		words = append(words, r.String())
 	}
 	if c.quick {
-		return words, nil
+		return words, nil, nil
 	}
 	loose, err := c.rest(ctx)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	for _, l := range loose {
 		words = append(words, l.why)
 	}
-	return words, nil
+	return words, loose, nil
 }
 
 // ledger collects which backups are sound and records it now and then: each time costs a few blobs.

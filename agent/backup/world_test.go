@@ -48,16 +48,44 @@ func newWorld(t testing.TB, chunk, size int64) *world {
 	if size <= 1<<30 {
 		w.model = make([]byte, size)
 	}
-	if err := os.CopyFS(w.at.Path, os.DirFS(emptyRepository(t, chunk))); err != nil {
-		t.Fatal(err)
-	}
-	w.repo = openRepository(t, w.at)
+	w.empty(chunk)
 	t.Cleanup(func() {
 		if err := w.adapter.Close(); err != nil {
 			t.Errorf("left open: %v", err)
 		}
 	})
 	return w
+}
+
+// empty puts an empty repository where the world's is to be.
+func (w *world) empty(chunk int64) {
+	w.t.Helper()
+	if err := os.CopyFS(w.at.Path, os.DirFS(emptyRepository(w.t, chunk))); err != nil {
+		w.t.Fatal(err)
+	}
+	w.repo = openRepository(w.t, w.at)
+}
+
+// anew gives the world another, empty repository.
+func (w *world) anew(chunk int64) {
+	w.t.Helper()
+	if err := os.RemoveAll(w.at.Path); err != nil {
+		w.t.Fatal(err)
+	}
+	w.empty(chunk)
+}
+
+// sound verifies the whole repository: every byte of every backup, and whatever else is there.
+func (w *world) sound() {
+	w.t.Helper()
+	r, err := repository.Open(w.t.Context(), w.at, passphrase, repository.OpenOptions{Host: "test"})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	defer r.Close(context.Background())
+	if s, err := VerifyAll(w.t.Context(), VerifyRequest{Repository: r, All: true}); err != nil {
+		w.t.Fatalf("%+v, %v", s, err)
+	}
 }
 
 var (

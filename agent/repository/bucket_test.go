@@ -5,7 +5,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -411,6 +413,33 @@ func TestRetention(t *testing.T) {
 				t.Error("deleted though retained")
 			}
 		})
+	}
+}
+
+// A repository whose blobs are to be retained is refused where that cannot be, and then nothing is made.
+func TestRetentionRefused(t *testing.T) {
+	s := stores.Get(t, s3.Versity)
+	open, folder := bucketIn(t, s), Location{Path: filepath.Join(t.TempDir(), "new")}
+	for words, c := range map[string]struct {
+		at   Location
+		o    Options
+		want fault.Kind
+	}{
+		"has no object lock: most":  {open, Options{Retain: MinRetain}, fault.Unsupported},
+		"a folder has no":           {folder, Options{Retain: MinRetain}, fault.Unsupported},
+		"retained for 47h0m0s":      {open, Options{Retain: 47 * time.Hour}, fault.Invalid},
+		"retained for 0s":           {open, Options{RetainMode: Compliance}, fault.Invalid},
+		"must be governance or com": {open, Options{Retain: MinRetain, RetainMode: "legal"}, fault.Invalid},
+	} {
+		if err := Init(t.Context(), c.at, secret, c.o); fault.KindOf(err) != c.want || !strings.Contains(err.Error(), words) {
+			t.Errorf("%s: %v", words, err)
+		}
+	}
+	if left := s.Objects(t, open.S3.Bucket, ""); len(left) > 0 {
+		t.Errorf("made: %v", left)
+	}
+	if _, err := os.Stat(folder.Path); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("made: %v", err)
 	}
 }
 

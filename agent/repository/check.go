@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"regexp"
 	"slices"
 	"time"
 
@@ -54,18 +55,47 @@ const (
 )
 
 // Check proves that a place can hold a repository, before or after Init. It writes, reads, lists and deletes objects of
-// its own in a folder below the place, which it removes again, also after a failure. Each step is reported as it ends.
+// its own in a folder below the place, which it removes again, also after a failure; what a check that was killed left
+// there an hour ago or longer goes as well. Each step is reported as it ends.
 // The error is that of the first step that failed, with its kind.
 func Check(ctx context.Context, at Location, o CheckOptions, report func(Step)) error {
 	if err := at.check(); err != nil {
 		return err
 	}
-	name := "stillpoint-check-" + hex.EncodeToString(noise(6))
+	name := checkFolder + hex.EncodeToString(noise(6))
 	c := &checker{at: at, o: o, report: report}
 	if at.S3 != nil {
 		return c.bucket(ctx, name)
 	}
 	return c.folder(ctx, name)
+}
+
+// checkFolder begins the names of the folders that checks work in; 12 hexadecimal digits follow.
+const checkFolder = "stillpoint-check-"
+
+// leftoverAge is how long ago a check did something last that was killed and will not clean up, by the place's clock.
+const leftoverAge = time.Hour
+
+var checkFolders = regexp.MustCompile("^" + checkFolder + "[0-9a-f]{12}$")
+
+// leftovers picks, from when something was last written into each folder beside a check's own, those of checks that were
+// killed.
+func leftovers(last map[string]time.Time, own string) (old []string) {
+	for name, at := range last {
+		if name != own && checkFolders.MatchString(name) && last[own].Sub(at) > leftoverAge {
+			old = append(old, name)
+		}
+	}
+	slices.Sort(old)
+	return old
+}
+
+// swept says what became of leftovers.
+func swept(old []string) finding {
+	if len(old) == 0 {
+		return found("nothing of an earlier check is left")
+	}
+	return found("removed what %d earlier checks left that were killed", len(old))
 }
 
 type checker struct {

@@ -36,6 +36,7 @@ func (c *checker) bucket(ctx context.Context, name string) (err error) {
 	if !c.contract(ctx, b) {
 		return c.first
 	}
+	c.try(ctx, "leftovers", func(ctx context.Context) (finding, error) { return b.sweepChecks(ctx, name) })
 	c.try(ctx, "conditional", b.conditional)
 	c.try(ctx, "clock", b.clock)
 	if c.o.ObjectLock {
@@ -126,13 +127,19 @@ func apart(stamp, from, to time.Time) time.Duration {
 // lockTime is for how long the check has an object retained.
 const lockTime = 5 * time.Second
 
-// objectLock makes sure that an object which is retained stays.
-func (b *bucket) objectLock(ctx context.Context) (finding, error) {
+// locks is Unsupported if the bucket has no object lock.
+func (b *bucket) locks(ctx context.Context) error {
 	enabled, _, _, _, err := b.core.GetObjectLockConfig(ctx, b.at.Bucket)
 	if a := new(minio.ErrorResponse); errors.As(err, a) && strings.HasPrefix(a.Code, "ObjectLockConfigurationNotFound") || err == nil && enabled != "Enabled" {
-		return finding{}, fault.Errorf(fault.Unsupported, "the bucket has no object lock: most stores allow it only when a bucket is made, so make a new one with it")
-	} else if err != nil {
-		return finding{}, storeFault(err)
+		return fault.Errorf(fault.Unsupported, "the bucket has no object lock: most stores allow it only when a bucket is made, so make a new one with it")
+	}
+	return storeFault(err)
+}
+
+// objectLock makes sure that an object which is retained stays.
+func (b *bucket) objectLock(ctx context.Context) (finding, error) {
+	if err := b.locks(ctx); err != nil {
+		return finding{}, err
 	}
 	put, sum, err := upload(slice("kept"))
 	if err != nil {
@@ -173,20 +180,9 @@ func (b *bucket) purge(ctx context.Context) error {
 
 // purgeOnce says whether something is left that may go later.
 func (b *bucket) purgeOnce(ctx context.Context) (left bool, err error) {
-	list := func(versions bool) (all []minio.ObjectInfo, err error) {
-		for o := range b.core.ListObjectsIter(ctx, b.at.Bucket, minio.ListObjectsOptions{Prefix: b.prefix, Recursive: true, WithVersions: versions}) {
-			if o.Err != nil {
-				return nil, storeFault(o.Err)
-			}
-			all = append(all, o)
-		}
-		return all, nil
-	}
-	all, err := list(true)
-	if err != nil { // a store without versions may not know how to list them
-		if all, err = list(false); err != nil {
-			return false, err
-		}
+	all, err := b.versions(ctx, b.prefix)
+	if err != nil {
+		return false, err
 	}
 	for _, o := range all {
 		opts := minio.RemoveObjectOptions{VersionID: o.VersionID}
@@ -202,4 +198,47 @@ func (b *bucket) purgeOnce(ctx context.Context) (left bool, err error) {
 		}
 	}
 	return left, err
+}
+
+// versions lists the objects whose names begin with a prefix, with all their versions where the store keeps them.
+func (b *bucket) versions(ctx context.Context, prefix string) ([]minio.ObjectInfo, error) {
+	list := func(versions bool) (all []minio.ObjectInfo, err error) {
+		for o := range b.core.ListObjectsIter(ctx, b.at.Bucket, minio.ListObjectsOptions{Prefix: prefix, Recursive: true, WithVersions: versions}) {
+			if o.Err != nil {
+				return nil, storeFault(o.Err)
+			}
+			all = append(all, o)
+		}
+		return all, nil
+	}
+	all, err := list(true)
+	if err != nil { // a store without versions may not know how to list them
+		return list(false)
+	}
+	return all, nil
+}
+
+// sweepChecks removes what checks left beside this one, which were killed.
+func (b *bucket) sweepChecks(ctx context.Context, own string) (finding, error) {
+	parent := strings.TrimSuffix(b.prefix, own+"/")
+	all, err := b.versions(ctx, parent+checkFolder)
+	if err != nil {
+		return finding{}, err
+	}
+	last := map[string]time.Time{}
+	for _, o := range all {
+		folder, _, _ := strings.Cut(strings.TrimPrefix(o.Key, parent), "/")
+		if o.LastModified.After(last[folder]) {
+			last[folder] = o.LastModified
+		}
+	}
+	old := leftovers(last, own)
+	for _, name := range old {
+		gone := *b
+		gone.prefix = parent + name + "/"
+		if err := gone.purge(ctx); err != nil {
+			return finding{}, err
+		}
+	}
+	return swept(old), nil
 }

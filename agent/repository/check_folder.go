@@ -52,6 +52,7 @@ func (c *checker) folder(ctx context.Context, name string) (err error) {
 	if !c.contract(ctx, st) {
 		return c.first
 	}
+	c.try(ctx, "leftovers", func(context.Context) (finding, error) { return sweepCheckFolders(c.at.Path, name) })
 	c.try(ctx, "clock", func(context.Context) (finding, error) {
 		before := time.Now()
 		path := filepath.Join(scratch, "clock")
@@ -91,6 +92,42 @@ func firstMissing(path string) (string, error) {
 		}
 		missing = dir
 	}
+}
+
+// sweepCheckFolders removes what checks left beside this one, which were killed.
+func sweepCheckFolders(path, own string) (finding, error) {
+	entries, err := os.ReadDir(path)
+	if err != nil {
+		return finding{}, err
+	}
+	last := map[string]time.Time{}
+	for _, e := range entries {
+		if !checkFolders.MatchString(e.Name()) {
+			continue
+		}
+		err := filepath.WalkDir(filepath.Join(path, e.Name()), func(_ string, d fs.DirEntry, err error) error {
+			if err != nil {
+				return err
+			}
+			info, err := d.Info()
+			if err == nil && info.ModTime().After(last[e.Name()]) {
+				last[e.Name()] = info.ModTime()
+			}
+			return err
+		})
+		if errors.Is(err, fs.ErrNotExist) { // its check is at work, or ends just now
+			delete(last, e.Name())
+		} else if err != nil {
+			return finding{}, err
+		}
+	}
+	old := leftovers(last, own)
+	for _, name := range old {
+		if err := os.RemoveAll(filepath.Join(path, name)); err != nil {
+			return finding{}, err
+		}
+	}
+	return swept(old), nil
 }
 
 func permissions(path string) (finding, error) {

@@ -25,7 +25,7 @@ func checked(ctx context.Context, at Location, o CheckOptions) (map[string]Step,
 	return steps, err
 }
 
-var common = []string{"reach", "write", "read", "range", "metadata", "list", "missing", "replace", "latency", "delete", "clock", "upload", "download", "cleanup"}
+var common = []string{"reach", "write", "read", "range", "metadata", "list", "missing", "replace", "latency", "delete", "leftovers", "clock", "upload", "download", "cleanup"}
 
 // A good place passes every step, before and after there is a repository, and nothing of the check is left.
 func TestCheck(t *testing.T) {
@@ -83,6 +83,75 @@ func TestCheck(t *testing.T) {
 		if steps, err := checked(t.Context(), at, CheckOptions{}); err != nil || steps["permissions"].Result != Warning || !strings.Contains(steps["permissions"].Text, "chmod") {
 			t.Errorf("%+v, %v", steps["permissions"], err)
 		}
+	})
+}
+
+// What a check left that was killed goes with the next one, an hour later and not before; nothing else does.
+func TestCheckRemovesLeftovers(t *testing.T) {
+	old := time.Now().Add(-61 * time.Minute)
+	killed, running, other := checkFolder+"0123456789ab", checkFolder+"ba9876543210", checkFolder+"results"
+	holds := func(t *testing.T, at Location, root string, list func() []string) {
+		t.Helper()
+		steps, err := checked(t.Context(), at, CheckOptions{})
+		if err != nil || !strings.Contains(steps["leftovers"].Text, "1 earlier checks") {
+			t.Errorf("%+v, %v", steps["leftovers"], err)
+		}
+		for _, name := range list() {
+			if strings.HasPrefix(name, killed) || strings.HasPrefix(name, checkFolder) && !strings.HasPrefix(name, running) && !strings.HasPrefix(name, other) {
+				t.Errorf("%s is left", name)
+			}
+		}
+		for _, name := range []string{running, other, "mine"} {
+			if _, err := os.Stat(filepath.Join(root, name, "one")); err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
+	}
+	age := func(t *testing.T, root string) {
+		t.Helper()
+		for _, name := range []string{killed, other, "mine"} {
+			for _, path := range []string{"one", ""} {
+				if err := os.Chtimes(filepath.Join(root, name, path), old, old); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+	}
+	t.Run("folder", func(t *testing.T) {
+		root := t.TempDir()
+		for _, name := range []string{killed, running, other, "mine"} {
+			if err := errors.Join(os.Mkdir(filepath.Join(root, name), 0o700), os.WriteFile(filepath.Join(root, name, "one"), []byte("x"), 0o600)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		age(t, root)
+		holds(t, Location{Path: root}, root, func() []string {
+			entries, err := os.ReadDir(root)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var names []string
+			for _, e := range entries {
+				names = append(names, e.Name())
+			}
+			return names
+		})
+	})
+	t.Run("bucket", func(t *testing.T) {
+		s := stores.Get(t, s3.Versity)
+		at := bucketIn(t, s).with(func(l *S3) { l.Prefix = "a/b" })
+		for _, name := range []string{killed, running, other, "mine"} {
+			s.Put(t, at.S3.Bucket, "a/b/"+name+"/one", []byte("x"))
+		}
+		root := filepath.Join(s.Folder, at.S3.Bucket, "a", "b")
+		age(t, root)
+		holds(t, at, root, func() []string {
+			var names []string
+			for _, o := range s.Objects(t, at.S3.Bucket, "") {
+				names = append(names, strings.TrimPrefix(o, "a/b/"))
+			}
+			return names
+		})
 	})
 }
 

@@ -61,7 +61,11 @@ func (w *Writer) commitWithin(ctx context.Context, b Backup, check func(context.
 	}
 	defer back.close(ctx)
 	if err := check(ctx, back, b); err != nil {
-		return Backup{}, fmt.Errorf("reading back backup %s: %w", b.ID, err)
+		// What was stored a moment ago and does not come back is not to be taken for stored by whoever tries again.
+		return Backup{}, errors.Join(fmt.Errorf("reading back backup %s: %w", b.ID, err), w.r.NoteDamageOf(context.WithoutCancel(ctx), err))
+	}
+	if err := w.sound(ctx, back, b); err != nil {
+		return Backup{}, fmt.Errorf("backup %s: %w", b.ID, err)
 	}
 	if err := w.confirm(ctx, s, back, b); err != nil {
 		return Backup{}, fmt.Errorf("backup %s: %w", b.ID, err)

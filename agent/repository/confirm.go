@@ -56,11 +56,7 @@ func (w *Writer) confirm(ctx context.Context, s *session, back *reader, b Backup
 		return w.r.corrupt(err)
 	}
 	c := confirmation{s: s, from: back.contents, packs: map[blob.ID]bool{}}
-	confirm := c.image
-	if b.Form == adapters.TreeForm {
-		confirm = c.tree
-	}
-	err := w.r.at.fault("confirming a backup in", confirm(ctx, w.r, back, b))
+	err := w.r.at.fault("confirming a backup in", w.r.eachContent(ctx, back.contents, b, c.content))
 	if err == nil {
 		err = c.check(ctx, w.r)
 	}
@@ -81,13 +77,13 @@ type confirmation struct {
 	packs map[blob.ID]bool
 }
 
-// image confirms the contents of the backup's index and all that it names, each distinct segment once.
-func (c *confirmation) image(ctx context.Context, r *Repository, back *reader, b Backup) error {
+// eachOfImage is eachContent of an image.
+func (r *Repository) eachOfImage(ctx context.Context, from content.Reader, b Backup, visit func(context.Context, content.ID) error) error {
 	top := b.Image.id
 	if index, ok := top.IndexObjectID(); ok {
 		top = index
 	}
-	ids, err := object.VerifyObject(ctx, back.contents, top)
+	ids, err := object.VerifyObject(ctx, from.(objectReader), top)
 	if err != nil {
 		return r.corrupt(err)
 	}
@@ -95,11 +91,11 @@ func (c *confirmation) image(ctx context.Context, r *Repository, back *reader, b
 		ids = append(ids, root)
 	}
 	for _, id := range ids {
-		if err := c.content(ctx, id); err != nil {
+		if err := visit(ctx, id); err != nil {
 			return err
 		}
 	}
-	image, err := r.openImage(ctx, back.contents, b)
+	image, err := r.openImage(ctx, from, b)
 	if err != nil {
 		return err
 	}
@@ -112,12 +108,12 @@ func (c *confirmation) image(ctx context.Context, r *Repository, back *reader, b
 		}
 		seen[segment] = true
 		readers.Go(func() error {
-			if err := c.content(inner, segment); err != nil {
+			if err := visit(inner, segment); err != nil {
 				return err
 			}
 			chunks, err := image.Chunks(inner, n)
 			for i := 0; err == nil && i < len(chunks); i++ {
-				err = c.content(inner, chunks[i].id)
+				err = visit(inner, chunks[i].id)
 			}
 			return err
 		})
@@ -125,14 +121,14 @@ func (c *confirmation) image(ctx context.Context, r *Repository, back *reader, b
 	return readers.Wait()
 }
 
-// tree confirms every directory and every file of a tree, each distinct one once.
-func (c *confirmation) tree(ctx context.Context, r *Repository, back *reader, b Backup) error {
-	t, err := r.openTree(ctx, back.contents, b)
+// eachOfTree is eachContent of a tree.
+func (r *Repository) eachOfTree(ctx context.Context, from content.Reader, b Backup, visit func(context.Context, content.ID) error) error {
+	t, err := r.openTree(ctx, from, b)
 	if err != nil {
 		return err
 	}
 	if root, _, ok := b.root.ContentID(); ok {
-		if err := c.content(ctx, root); err != nil {
+		if err := visit(ctx, root); err != nil {
 			return err
 		}
 	}
@@ -143,12 +139,12 @@ func (c *confirmation) tree(ctx context.Context, r *Repository, back *reader, b 
 			return nil
 		}
 		seen[e.object] = true
-		ids, err := object.VerifyObject(ctx, back.contents, e.object)
+		all, err := t.Contents(ctx, e)
 		if err != nil {
-			return r.corrupt(err)
+			return err
 		}
-		for _, id := range ids {
-			if err := c.content(ctx, id); err != nil {
+		for _, c := range all {
+			if err := visit(ctx, c.id); err != nil {
 				return err
 			}
 		}

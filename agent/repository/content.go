@@ -59,13 +59,13 @@ func (r *Repository) idOf(prefix content.IDPrefix, p []byte) content.ID {
 func (r *Repository) read(ctx context.Context, from content.Reader, id content.ID) ([]byte, error) {
 	p, err := r.readOnce(ctx, from, id)
 	if r.at.S3 == nil || fault.KindOf(err) != fault.Corrupt {
-		return p, err
+		return p, damaged(id, err)
 	}
 	first := err
 	if p, err = r.readOnce(ctx, from, id); err == nil {
 		slog.WarnContext(ctx, "a content was spoilt on its way from the store, and came right the second time", "repository", r.at.String(), "error", first.Error())
 	}
-	return p, err
+	return p, damaged(id, err)
 }
 
 func (r *Repository) readOnce(ctx context.Context, from content.Reader, id content.ID) ([]byte, error) {

@@ -44,6 +44,8 @@
 // committed, or a newer one of the volume.
 //
 // A record is a manifest with the label type=stillpoint-KIND and a label key: what was learnt about backups and volumes.
+// What was found damaged is in such records, too, with the pack where it lay. A writer stores anew what they name, and a
+// backup that refers to it is not committed, as long as kopia's index names that pack.
 //
 // Beside kopia's blobs there is kopia.repository.copy, which is what its name says: the key to everything else is in
 // kopia.repository, and in no other blob of kopia's. Mend keeps a damaged index as damaged-NAME. Kopia looks at neither.
@@ -99,6 +101,9 @@
 // began, or continues another, makes sure of everything that it refers to (see confirm). With a clock that is wrong it
 // refuses to run. It stops, and frees nothing, at a manifest that cannot be read and at a backup that refers to what is
 // not there. Killed at any point it has done part of its work, and the next goes on.
+//
+// In a repository that retains (Options.Retain) a full cycle also begins the time anew of every blob that there is. What
+// maintenance deletes there, or in a bucket that locks by itself, gets a marker: its versions are the store's business.
 //
 // Kopia's own command may maintain the repository as well, connected as the owner. It marks the same contents, more slowly.
 //

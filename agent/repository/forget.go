@@ -17,7 +17,7 @@ import (
 const ForgetAtOnce = 64
 
 // ofBackup are the kinds of records whose key is a backup's id. They go with it.
-var ofBackup = []RecordKind{verifiedRecord, suspectRecord}
+var ofBackup = [...]RecordKind{verifiedRecord, suspectRecord}
 
 // forgottenRecord lists manifests that were deleted, and stay so. Kopia compacts manifests whenever some client reads many,
 // and drops the note that one was deleted; if another does the same at that moment and has not seen the note, the
@@ -104,7 +104,8 @@ func (r *Repository) keepForgotten(ctx context.Context, w repo.DirectRepositoryW
 	return w.Flush(ctx)
 }
 
-// manifestsOf finds all manifests of backups, of which one id may have two, and of the records about them.
+// manifestsOf finds all manifests of backups, of which one id may have two, and of the records about them; also about the
+// volumes of which no other backup is left.
 func (r *Repository) manifestsOf(ctx context.Context, ids []string) ([]manifest.ID, error) {
 	missing := map[string]bool{}
 	for _, id := range ids {
@@ -119,15 +120,18 @@ func (r *Repository) manifestsOf(ctx context.Context, ids []string) ([]manifest.
 		return nil, err
 	}
 	var all []manifest.ID
+	stays, concerned := map[string]bool{}, map[string]bool{} // volumes of which a backup stays, or goes
 	now := r.kopia.Time()
 	for _, m := range found {
-		id := m.Labels[idLabel]
+		id, volume := m.Labels[idLabel], m.Labels[volumeLabel]
+		if id == "" || gone[m.ID] {
+			continue
+		}
 		if !slices.Contains(ids, id) {
+			stays[volume] = true
 			continue
 		}
-		if gone[m.ID] {
-			continue
-		}
+		concerned[volume] = true
 		if !now.After(m.ModTime) {
 			return nil, fault.Errorf(fault.Unavailable, "backup %s: it was committed at %s, and this machine's clock says %s; set the clock", Handle{r.remote, id},
 				m.ModTime.UTC().Format(time.RFC3339), now.UTC().Format(time.RFC3339))
@@ -138,13 +142,14 @@ func (r *Repository) manifestsOf(ctx context.Context, ids []string) ([]manifest.
 	for id := range missing {
 		return nil, r.noBackup(id)
 	}
-	for _, kind := range ofBackup {
+	for _, kind := range append(ofBackup[:], AuditedRecord) {
 		records, err := r.kopia.FindManifests(ctx, kind.labels(""))
 		if err != nil {
 			return nil, r.corrupt(err)
 		}
 		for _, m := range records {
-			if slices.Contains(ids, m.Labels[recordKey]) {
+			key := m.Labels[recordKey]
+			if kind == AuditedRecord && concerned[key] && !stays[key] || kind != AuditedRecord && slices.Contains(ids, key) {
 				all = append(all, m.ID)
 			}
 		}

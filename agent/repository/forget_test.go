@@ -154,3 +154,45 @@ func TestForgetTakesRecords(t *testing.T) {
 		t.Error("forgot although it was cancelled")
 	}
 }
+
+// What was learnt about a volume goes with its last backup, and not before; another volume's stays.
+func TestForgetTakesWhatIsKnownOfVolumes(t *testing.T) {
+	t.Parallel()
+	r := mustOpen(t, mustInit(t, MinChunkSize), OpenOptions{})
+	keys := map[string]string{} // by the disk's name
+	for _, name := range []string{"v", "w"} {
+		d := &disk{name: name, chunks: []uint64{1}}
+		for n := range 3 {
+			b, err := d.backup(t.Context(), r, fmt.Sprint(name, n), time.Now())
+			if err != nil {
+				t.Fatal(err)
+			}
+			keys[name] = b.Volume.String()
+		}
+		if err := r.PutRecord(t.Context(), AuditedRecord, keys[name], 1); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, c := range []struct {
+		forget []string
+		left   []string
+	}{
+		{[]string{"v0"}, []string{"v", "w"}},
+		{[]string{"v1", "w0"}, []string{"v", "w"}},
+		{[]string{"w1", "v2"}, []string{"w"}},
+		{[]string{"w2"}, nil},
+	} {
+		if err := r.Forget(t.Context(), c.forget...); err != nil {
+			t.Fatal(err)
+		}
+		got, err := Records[int](t.Context(), r, AuditedRecord)
+		if err != nil || len(got) != len(c.left) {
+			t.Errorf("after %v: %v, %v", c.forget, got, err)
+		}
+		for _, name := range c.left {
+			if got[keys[name]] != 1 {
+				t.Errorf("after %v: %v", c.forget, got)
+			}
+		}
+	}
+}

@@ -200,8 +200,8 @@ func (r *Repository) imagination(parts *[]part) *session {
 	}}
 }
 
-// topLevelPiece is how kopia's FIXED-1M splitter, which the repository was made with, cuts a top level, in bytes.
-const topLevelPiece = 1 << 20
+// objectPiece is how kopia's FIXED-1M splitter, which the repository was made with, cuts an object, in bytes.
+const objectPiece = 1 << 20
 
 // topLevel makes a top level as Part.store has kopia write it.
 func (r *Repository) topLevel(segments []Segment) ([]part, ImageID, error) {
@@ -219,29 +219,39 @@ func (r *Repository) topLevel(segments []Segment) ([]part, ImageID, error) {
 		start += s.Length
 	}
 	all = append(all, indexTail...)
+	parts, err := r.cut(all, indexPrefix)
+	if err != nil {
+		return nil, ImageID{}, err
+	}
+	top := "I" + parts[len(parts)-1].id.String()
+	if len(parts) > 1 {
+		top = "I" + top
+	}
+	image, err := parseImageID(top)
+	return parts, image, err
+}
+
+// cut makes the contents of an object as kopia's writer makes them: its pieces, and if there are several their index.
+func (r *Repository) cut(all []byte, prefix content.IDPrefix) ([]part, error) {
 	var parts []part
 	index := struct {
 		Stream  string                       `json:"stream"`
 		Entries []object.IndirectObjectEntry `json:"entries"`
 	}{Stream: "kopia:indirect"}
-	for at := 0; at < len(all); at += topLevelPiece {
-		p := all[at:min(len(all), at+topLevelPiece)]
-		id := r.idOf(indexPrefix, p)
+	for at := 0; at < len(all); at += objectPiece {
+		p := all[at:min(len(all), at+objectPiece)]
+		id := r.idOf(prefix, p)
 		parts = append(parts, part{id, p})
 		index.Entries = append(index.Entries, object.IndirectObjectEntry{Start: int64(at), Length: int64(len(p)), Object: object.DirectObjectID(id)})
 	}
-	top := "I" + parts[0].id.String()
-	if len(parts) > 1 {
-		var text bytes.Buffer
-		if err := json.NewEncoder(&text).Encode(index); err != nil {
-			return nil, ImageID{}, err
-		}
-		p := part{r.idOf(indexPrefix, text.Bytes()), text.Bytes()}
-		parts = append(parts, p)
-		top = "II" + p.id.String()
+	if len(parts) == 1 {
+		return parts, nil
 	}
-	image, err := parseImageID(top)
-	return parts, image, err
+	var text bytes.Buffer
+	if err := json.NewEncoder(&text).Encode(index); err != nil {
+		return nil, err
+	}
+	return append(parts, part{r.idOf(prefix, text.Bytes()), text.Bytes()}), nil
 }
 
 // Drop marks a content as deleted that nobody refers to and that cannot be read, so that no backup to come is told that

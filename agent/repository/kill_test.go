@@ -121,7 +121,7 @@ func TestKilledForgetAndMaintenance(t *testing.T) {
 		return time.Duration(rng.Int64N(int64(paces[which])))
 	}
 	half, cycles := 0, 0
-	for run := range kills(3) {
+	for run := range kills(9) {
 		var ids []string
 		for n := range 7 {
 			for range 8 {

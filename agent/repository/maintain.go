@@ -115,6 +115,9 @@ func (r *Repository) maintain(ctx context.Context, m *Maintenance, params *maint
 		if err := r.keepForgotten(ctx, w); err != nil {
 			return err
 		}
+		if err := r.dropHealed(ctx, w); err != nil {
+			return err
+		}
 		var err error
 		if m.Checkpoints, err = r.dropStaleCheckpoints(ctx, w); err != nil {
 			return err

@@ -203,7 +203,11 @@ func (d *mender) housekeeping(ctx context.Context) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, r.Close(context.WithoutCancel(ctx))) }()
-	stale, err := copyFormat(ctx, d.st, d.dry)
+	retain, err := r.kopia.FormatManager().BlobCfgBlob(ctx)
+	if err != nil {
+		return r.corrupt(err)
+	}
+	stale, err := copyFormat(ctx, d.st, retain, d.dry)
 	if err != nil {
 		return d.at.fault("writing to", err)
 	}

@@ -67,8 +67,9 @@ func (d *mender) format(ctx context.Context) (*format.Manager, error) {
 // nothing in the repository can be decrypted by anybody.
 const formatCopyID = format.KopiaRepositoryBlobID + ".copy"
 
-// copyFormat makes the copy, or makes it anew after a change of the passphrase. It says whether there was anything to do.
-func copyFormat(ctx context.Context, st blob.Storage, dry bool) (stale bool, err error) {
+// copyFormat makes the copy, or makes it anew after a change of the passphrase. It is retained as kopia retains
+// the original. It says whether there was anything to do.
+func copyFormat(ctx context.Context, st blob.Storage, retain format.BlobStorageConfiguration, dry bool) (stale bool, err error) {
 	var original, copied blobBytes
 	if err := st.GetBlob(ctx, format.KopiaRepositoryBlobID, 0, -1, &original); err != nil {
 		return false, err
@@ -83,7 +84,7 @@ func copyFormat(ctx context.Context, st blob.Storage, dry bool) (stale bool, err
 	if dry {
 		return true, nil
 	}
-	return true, st.PutBlob(ctx, formatCopyID, slice(original.Bytes()), blob.PutOptions{})
+	return true, st.PutBlob(ctx, formatCopyID, slice(original.Bytes()), blob.PutOptions{RetentionMode: retain.RetentionMode, RetentionPeriod: retain.RetentionPeriod})
 }
 
 // blobConfig writes kopia.blobcfg as it is in a repository of ours.

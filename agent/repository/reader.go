@@ -76,7 +76,7 @@ func (x *Reader) Read(ctx context.Context, needs []Need, judge func(Chunk, error
 		x.places = append(x.places, place{info, n.Length, n.Into})
 	}
 	sortPlaces(x.places)
-	return x.check(ctx, x.places, func(p content.Info, err error) { judge(Chunk{p.ContentID}, err) })
+	return x.check(ctx, x.places, func(p content.Info, err error) { judge(Chunk{p.ContentID}, damaged(p.ContentID, err)) })
 }
 
 func sortPlaces(all []place) {

@@ -15,6 +15,10 @@ import (
 // key. Records go with kopia's maintenance like backups do, and kopia's own commands leave them alone.
 type RecordKind string
 
+// AuditedRecord is the kind of records about volumes, by their handles: what was compared with snapshots. It goes with the
+// last backup of its volume.
+const AuditedRecord RecordKind = "audited"
+
 // recordKey is the label that holds a record's key.
 const recordKey = "key"
 

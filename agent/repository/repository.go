@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"math/bits"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/kopia/kopia/repo"
@@ -30,7 +31,23 @@ type Options struct {
 	// Host is the cluster or host whose agents will run kopia's maintenance, the machine's host name if empty. It should
 	// be the one that they open the repository with.
 	Host string
+	// Retain is for how long the store's object lock keeps each blob from being deleted or changed, by whomever, 0 for not at
+	// all. Full maintenance begins the time anew for whatever is there then, so it must be MinRetain or longer. Only a bucket
+	// with object lock can do it.
+	Retain     time.Duration
+	RetainMode RetainMode // Governance if empty
 }
+
+// RetainMode is how an object lock holds.
+type RetainMode string
+
+const (
+	Governance RetainMode = "governance" // whoever has a special permission can break it
+	Compliance RetainMode = "compliance" // nobody can, the store's owner included
+
+	// MinRetain is a day longer than kopia lets pass between two full cycles of maintenance.
+	MinRetain = 48 * time.Hour
+)
 
 const (
 	MinChunkSize     = 64 << 10
@@ -93,12 +110,22 @@ func create(ctx context.Context, at Location, passphrase adapters.Secret, o Opti
 	if passphrase.Reveal() == "" {
 		return fault.Errorf(fault.Invalid, "repository %s: the passphrase is empty", at)
 	}
+	retain, err := o.retention(at)
+	if err != nil {
+		return err
+	}
 	st, err := at.create(ctx)
 	if err != nil {
 		return err
 	}
 	defer st.Close(context.WithoutCancel(ctx))
+	if b, ok := st.(*bucket); ok && retain.IsRetentionEnabled() {
+		if err := b.locks(ctx); err != nil {
+			return at.fault("creating", err)
+		}
+	}
 	err = repo.Initialize(ctx, st, &repo.NewRepositoryOptions{
+		RetentionMode: retain.RetentionMode, RetentionPeriod: retain.RetentionPeriod,
 		BlockFormat:  format.ContentFormat{Hash: "BLAKE3-256", Encryption: "AES256-GCM-HMAC-SHA256"},
 		ObjectFormat: format.ObjectFormat{Splitter: "FIXED-1M"}, // of kopia's own files, and of our indexes' top level
 	}, passphrase.Reveal())
@@ -107,7 +134,7 @@ func create(ctx context.Context, at Location, passphrase adapters.Secret, o Opti
 	} else if err != nil {
 		return at.fault("creating", err)
 	}
-	if _, err := copyFormat(ctx, st, false); err != nil {
+	if _, err := copyFormat(ctx, st, retain, false); err != nil {
 		return at.fault("creating", err)
 	}
 	host, err := hostOr(o.Host)
@@ -121,6 +148,7 @@ func create(ctx context.Context, at Location, passphrase adapters.Secret, o Opti
 	err = repo.WriteSession(ctx, k, repo.WriteSessionOptions{Purpose: "stillpoint init"}, func(ctx context.Context, w repo.RepositoryWriter) error {
 		p := maintenance.DefaultParams()
 		p.Owner = k.ClientOptions().UsernameAtHost()
+		p.ExtendObjectLocks = retain.IsRetentionEnabled()
 		if err := maintenance.SetParams(ctx, w, &p); err != nil {
 			return err
 		}
@@ -128,6 +156,23 @@ func create(ctx context.Context, at Location, passphrase adapters.Secret, o Opti
 		return err
 	})
 	return at.fault("creating", errors.Join(err, k.Close(ctx)))
+}
+
+// retention is how kopia is told.
+func (o Options) retention(at Location) (c format.BlobStorageConfiguration, err error) {
+	mode := cmp.Or(o.RetainMode, Governance)
+	switch {
+	case o.Retain == 0 && o.RetainMode == "":
+		return c, nil
+	case mode != Governance && mode != Compliance:
+		return c, fault.Errorf(fault.Invalid, "retention mode %q: must be %s or %s", mode, Governance, Compliance)
+	case o.Retain < MinRetain:
+		return c, fault.Errorf(fault.Invalid, "blobs retained for %v: must be %v or longer, so that maintenance, which begins the time anew every day, comes early enough", o.Retain, MinRetain)
+	case at.S3 == nil:
+		return c, fault.Errorf(fault.Unsupported, "repository %s: a folder has no object lock; a bucket can have it", at)
+	}
+	c.RetentionMode, c.RetentionPeriod = blob.RetentionMode(strings.ToUpper(string(mode))), o.Retain
+	return c, nil
 }
 
 func hostOr(name string) (string, error) {
@@ -204,8 +249,11 @@ func connect(ctx context.Context, at Location, medium blob.Storage, passphrase a
 		return nil, err
 	}
 	storage := at.connection(id, !o.Uncached)
-	if f, ok := storage.Config.(*folderOptions); ok {
-		f.Skew = o.skews.medium
+	switch c := storage.Config.(type) {
+	case *folderOptions:
+		c.Skew = o.skews.medium
+	case *bucketOptions:
+		c.Skew = o.skews.medium
 	}
 	config, err := json.Marshal(repo.LocalConfig{
 		Storage: storage,
@@ -269,6 +317,9 @@ type Status struct {
 	UnverifiedSince time.Time `json:"unverified_since,omitzero"`
 	NeverVerified   int       `json:"never_verified"` // backups
 	Suspect         int       `json:"suspect"`        // backups
+	// RetainMode and RetainSeconds are how the store keeps blobs from being deleted, if it was asked to.
+	RetainMode    RetainMode `json:"retain_mode,omitempty"`
+	RetainSeconds int64      `json:"retain_seconds,omitempty"`
 }
 
 // Status counts what is in the repository. It lists every blob.
@@ -287,6 +338,13 @@ func (r *Repository) Status(ctx context.Context) (Status, error) {
 	}
 	s.Volumes = len(volumes)
 	s.standing(backups)
+	c, err := r.kopia.FormatManager().BlobCfgBlob(ctx)
+	if err != nil {
+		return Status{}, r.corrupt(err)
+	}
+	if c.IsRetentionEnabled() {
+		s.RetainMode, s.RetainSeconds = RetainMode(strings.ToLower(string(c.RetentionMode))), int64(c.RetentionPeriod/time.Second)
+	}
 	err = r.kopia.BlobReader().ListBlobs(ctx, "", func(m blob.Metadata) error {
 		s.Stored += m.Length
 		return nil

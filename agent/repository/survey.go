@@ -38,7 +38,7 @@ func (m *Medium) Survey(ctx context.Context) ([]Rot, error) {
 	} else if err != nil {
 		return nil, m.r.at.fault("reading", err)
 	}
-	if stale, err := copyFormat(ctx, readonly.NewWrapper(m.r.medium), true); err != nil {
+	if stale, err := copyFormat(ctx, readonly.NewWrapper(m.r.medium), format.BlobStorageConfiguration{}, true); err != nil {
 		return nil, m.r.at.fault("reading", err)
 	} else if stale {
 		rot = append(rot, Rot{formatCopyID, "not the same as " + format.KopiaRepositoryBlobID + ", which nobody can do without"})

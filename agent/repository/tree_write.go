@@ -19,6 +19,7 @@ type DirectoryWriter struct {
 	session *session // once something is written
 	out     object.Writer
 	buf     []byte
+	all     []byte // of a large directory, while something may have to be stored anew
 	last    TreeEntry
 	count   int
 	summary fs.DirectorySummary
@@ -82,6 +83,9 @@ func (d *DirectoryWriter) flush(ctx context.Context) error {
 		d.out = d.session.kopia.NewObjectWriter(ctx, object.WriterOptions{Description: "directory", Prefix: directoryPrefix, Compressor: "zstd-fastest", MetadataCompressor: "zstd-fastest"})
 	}
 	_, err := d.out.Write(d.buf)
+	if d.session.renewal.any() {
+		d.all = append(d.all, d.buf...)
+	}
 	d.buf = d.buf[:0]
 	return d.w.r.at.fault("writing to", err)
 }
@@ -106,8 +110,22 @@ func (d *DirectoryWriter) Finish(ctx context.Context, self adapters.Entry) (Tree
 	if err := d.flush(ctx); err != nil {
 		return e, err
 	}
-	e.object, err = d.out.Result()
-	return e, d.w.r.at.fault("writing to", err)
+	if e.object, err = d.out.Result(); err != nil {
+		return e, d.w.r.at.fault("writing to", err)
+	}
+	return e, d.renew(ctx)
+}
+
+// renew stores anew what of a large directory is damaged.
+func (d *DirectoryWriter) renew(ctx context.Context) error {
+	if len(d.all) == 0 {
+		return nil
+	}
+	parts, err := d.w.r.cut(d.all, directoryPrefix)
+	if err != nil {
+		return err
+	}
+	return d.session.renew(ctx, parts)
 }
 
 // Close releases the directory, finished or not.

@@ -27,6 +27,7 @@ type Writer struct {
 	checkpoint manifest.ID // the last one's
 	began      moment
 	resumed    bool // what an earlier writer did is part of it
+	renewal    renewal
 
 	mu      sync.Mutex
 	current *session
@@ -37,6 +38,8 @@ type session struct {
 	kopia repo.DirectRepositoryWriter
 	put   func(ctx context.Context, p []byte, prefix content.IDPrefix, comp compression.HeaderID) (content.ID, error)
 	users sync.WaitGroup
+
+	renewal *renewal // of the writer
 }
 
 // NewWriter begins. Close it.
@@ -45,7 +48,14 @@ func (r *Repository) NewWriter(ctx context.Context) (*Writer, error) {
 		return nil, r.at.fault("writing to", err)
 	}
 	w := &Writer{r: r, fresh: new(freshChunks), began: momentNow()}
-	var err error
+	err := within(ctx, func(ctx context.Context) error {
+		bad, err := r.damage(ctx, r.kopia, r.kopia.ContentReader())
+		w.renewal.begin(bad)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
 	w.current, err = w.begin(ctx)
 	return w, err
 }
@@ -55,7 +65,7 @@ func (w *Writer) begin(ctx context.Context) (*session, error) {
 	if err != nil {
 		return nil, w.r.at.fault("writing to", err)
 	}
-	s := &session{kopia: k}
+	s := &session{kopia: k, renewal: &w.renewal}
 	m := k.ContentManager()
 	s.put = func(ctx context.Context, p []byte, prefix content.IDPrefix, comp compression.HeaderID) (content.ID, error) {
 		if err := ctx.Err(); err != nil {
@@ -68,7 +78,13 @@ func (w *Writer) begin(ctx context.Context) (*session, error) {
 		b.Slices = s.list[:]
 		ctx, end := Operation(ctx)
 		defer end()
-		id, err := m.WriteContent(ctx, b, prefix, comp)
+		var id content.ID
+		var err error
+		if w.renewal.any() {
+			id, err = w.renewal.store(ctx, m, w.r.idOf(prefix, p), func() (content.ID, error) { return m.WriteContent(ctx, b, prefix, comp) })
+		} else {
+			id, err = m.WriteContent(ctx, b, prefix, comp)
+		}
 		s.list[0] = nil
 		return id, w.r.at.fault("writing to", reason(ctx, err))
 	}
@@ -89,11 +105,11 @@ func (w *Writer) put(ctx context.Context, p []byte, prefix content.IDPrefix, com
 	return s.put(ctx, p, prefix, comp)
 }
 
-// has says whether the repository, or this writer's session, has a content.
+// has says whether the repository, or this writer's session, has a content that is not known to be damaged.
 func (w *Writer) has(ctx context.Context, id content.ID) bool {
 	s := w.use()
 	defer s.users.Done()
-	return has(ctx, s.kopia, id)
+	return !w.renewal.has(id) && has(ctx, s.kopia, id)
 }
 
 // Close ends the session. Without a Commit nothing of it will ever be seen, except by who continues from a checkpoint.
@@ -277,6 +293,19 @@ func (p Part) store(ctx context.Context, r *Repository, s *session) (ImageID, er
 	index, err := out.Result()
 	if err != nil {
 		return ImageID{}, r.at.fault("writing to", reason(ctx, err))
+	}
+	if s.renewal.any() {
+		segments := make([]Segment, len(p.segments))
+		for n, id := range p.segments {
+			segments[n] = Segment{id, min(SegmentSize, p.Size-int64(n)*SegmentSize)}
+		}
+		parts, _, err := r.topLevel(segments)
+		if err == nil {
+			err = s.renew(ctx, parts)
+		}
+		if err != nil {
+			return ImageID{}, err
+		}
 	}
 	return parseImageID("I" + index.String())
 }

@@ -78,12 +78,12 @@ func (f *forgetFlags) policy() (p backup.Policy, err error) {
 	if p.Zone, err = time.LoadLocation(f.zone); err != nil {
 		return p, fault.Errorf(fault.Invalid, "--time-zone: %w", err)
 	}
-	p.Within, err = parseAge(f.within)
+	p.Within, err = parseAge("--keep-within", f.within)
 	return p, err
 }
 
-// parseAge reads a duration that may be in days.
-func parseAge(s string) (time.Duration, error) {
+// parseAge reads a flag's duration, which may be in days.
+func parseAge(flag, s string) (time.Duration, error) {
 	if s == "" {
 		return 0, nil
 	}
@@ -94,7 +94,7 @@ func parseAge(s string) (time.Duration, error) {
 	}
 	d, err := time.ParseDuration(s)
 	if err != nil || d <= 0 {
-		return 0, fault.Errorf(fault.Invalid, "--keep-within %q: not a duration such as 36h or 14d", s)
+		return 0, fault.Errorf(fault.Invalid, "%s %q: not a duration such as 36h or 14d", flag, s)
 	}
 	return d, nil
 }

@@ -22,6 +22,7 @@ func (a *app) remoteCommand() *cobra.Command {
 
 func (a *app) remoteInitCommand() *cobra.Command {
 	var chunk int64
+	var retain, mode string
 	c := &cobra.Command{
 		Use:   "init [NAME]",
 		Short: "Create the repository of a remote",
@@ -32,7 +33,11 @@ func (a *app) remoteInitCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if err := repository.Init(c.Context(), at, passphrase, repository.Options{ChunkSize: chunk << 10}); err != nil {
+			o := repository.Options{ChunkSize: chunk << 10, RetainMode: repository.RetainMode(mode)}
+			if o.Retain, err = parseAge("--retain", retain); err != nil {
+				return err
+			}
+			if err := repository.Init(c.Context(), at, passphrase, o); err != nil {
 				return err
 			}
 			if a.json {
@@ -43,6 +48,8 @@ func (a *app) remoteInitCommand() *cobra.Command {
 		},
 	}
 	c.Flags().Int64Var(&chunk, "chunk-size", repository.DefaultChunkSize>>10, "the unit of change in `KiB`, a power of two from 64 to 16384; it cannot be changed later")
+	c.Flags().StringVar(&retain, "retain", "", "have the bucket's object lock keep every blob for a `time` such as 30d, which maintenance begins anew each day; 48h or longer")
+	c.Flags().StringVar(&mode, "retain-mode", "", "how: `governance`, which a special permission breaks (the default), or compliance, which nobody can break")
 	return a.jsonFlag(c)
 }
 
@@ -74,6 +81,9 @@ func (a *app) remoteStatusCommand() *cobra.Command {
 			a.say("chunk size  %v", bytesize(s.ChunkSize))
 			a.say("backups     %d of %d volumes", s.Backups, s.Volumes)
 			a.say("stored      %v", bytesize(s.Stored))
+			if s.RetainMode != "" {
+				a.say("retained    for %s each blob (%s), begun anew by full maintenance", age(time.Duration(s.RetainSeconds)*time.Second), s.RetainMode)
+			}
 			if len(looked) > 0 {
 				a.say("unaudited   %s", describeUnaudited(looked[0], time.Now()))
 			}

@@ -169,6 +169,8 @@ func TestBucketRemote(t *testing.T) {
 				t.Errorf("%+v", steps)
 			}
 			run(t, 3, with("remote", "status", name)...)
+			run(t, 2, with("remote", "init", name, "--retain", "soon")...)
+			run(t, 5, with("remote", "init", name, "--retain", "30d", "--retain-mode", "compliance")...)
 			run(t, 0, with("remote", "init", name)...)
 			run(t, 4, with("remote", "init", name)...)
 			reports := decode[map[string]any](t, run(t, 0, with("backup", "--remote", name, "--allow-crash-consistent", "--json", "reflink:"+volume)...))

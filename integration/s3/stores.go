@@ -229,3 +229,21 @@ func (s *Store) Objects(t testing.TB, bucket, prefix string) []string {
 	}
 	return names
 }
+
+// Retained is until when the newest version of an object is locked, zero if it is not.
+func (s *Store) Retained(t testing.TB, bucket, object string) time.Time {
+	t.Helper()
+	info, err := s.client.StatObject(t.Context(), bucket, object, minio.StatObjectOptions{})
+	if err != nil {
+		t.Fatalf("%s: %v", object, err)
+	}
+	text := info.Metadata.Get("X-Amz-Object-Lock-Retain-Until-Date")
+	if text == "" {
+		return time.Time{}
+	}
+	until, err := time.Parse(time.RFC3339, text)
+	if err != nil {
+		t.Fatalf("%s: %v", object, err)
+	}
+	return until
+}
