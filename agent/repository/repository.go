@@ -275,6 +275,7 @@ func connect(ctx context.Context, at Location, medium blob.Storage, passphrase a
 	if _, err := file.Write(config); err != nil {
 		return nil, err
 	}
+	usePlainS2()
 	k, err := repo.Open(ctx, file.Name(), passphrase.Reveal(), &repo.Options{
 		DisableRepositoryLog: true,
 		TimeNowFunc:          o.skews.now(),

@@ -24,6 +24,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"syscall"
@@ -36,16 +37,21 @@ import (
 )
 
 func main() {
-	overbook()
+	tune()
 	os.Exit(run(os.Args[1:], os.Stdout, os.Stderr))
 }
 
-// overbook lets twice as many goroutines run at once as there are processors. Go's scheduler notices late that one waits
-// for a direct read, and leaves its processor idle until then; with every reader at the disk that is much of the time.
-// Whoever sets GOMAXPROCS knows better.
-func overbook() {
+// tune sets Go's runtime up for what this program does; whoever sets the variables knows better.
+//
+// Twice as many goroutines may run at once as there are processors: the scheduler notices late that one waits for a direct
+// read, and leaves its processor idle until then. And the heap is large buffers without pointers, cheap to look through
+// and dear to keep: garbage may be a quarter of what is in use, not as much again.
+func tune() {
 	if os.Getenv("GOMAXPROCS") == "" {
 		runtime.GOMAXPROCS(2 * runtime.GOMAXPROCS(0))
+	}
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(25)
 	}
 }
 
