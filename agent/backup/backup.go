@@ -200,10 +200,10 @@ func run(ctx context.Context, q Request, p Plan, started time.Time, report *Repo
 	}
 	l := newLine(q, source, base, w)
 	l.coverage, l.instant = known.Coverage, p.Snapshot.Created
-	l.keeper = keeper{pace: q.Pace, keep: func(ctx context.Context, done repository.Part, data int64) error {
-		at := b
-		at.Data = data
-		return w.Checkpoint(ctx, at, done, p.Base)
+	l.keeper = keeper{pace: q.Pace, capture: func() func(context.Context) error {
+		at, done := b, l.index.Part()
+		at.Data = l.data
+		return func(ctx context.Context) error { return w.Checkpoint(ctx, at, done, p.Base) }
 	}}
 	if p.Unfinished != nil {
 		w.Resume(*p.Unfinished)

@@ -3,9 +3,8 @@ package backup
 import (
 	"cmp"
 	"context"
+	"math"
 	"time"
-
-	"stillpoint.io/stillpoint/agent/repository"
 )
 
 // Pace says how often a backup takes a checkpoint. Both must be met: so much was read since the last, and so much time
@@ -36,10 +35,12 @@ func (p Pace) stride(last int64) int64 { return cmp.Or(p.Bytes, max(DefaultPaceB
 // ahead of the one that is being taken.
 type keeper struct {
 	pace Pace
-	keep func(ctx context.Context, done repository.Part, data int64) error
+	// capture takes note of what is done, and gives what makes a checkpoint of it. It is called by step and last. nil: no
+	// checkpoints are taken.
+	capture func() func(context.Context) error
 
 	running chan error // not nil while one is being taken
-	kept    int64      // bytes of the image in the last one
+	kept    int64      // how much was done, in bytes, in the last one
 	read    int64      // and bytes read until then
 	began   time.Time  // when it was begun
 	cost    time.Duration
@@ -48,8 +49,9 @@ type keeper struct {
 // ahead is how many strides the line may be ahead of a checkpoint that is being taken.
 const ahead = 4
 
-// step begins a checkpoint if one is due, and returns the error of the one before.
-func (k *keeper) step(ctx context.Context, done repository.Part, data, read int64) error {
+// step begins a checkpoint if one is due, and returns the error of the one before. So many bytes are done, and so many were
+// read for it.
+func (k *keeper) step(ctx context.Context, done, read int64) error {
 	if k.running != nil {
 		if len(k.running) == 0 && read-k.read < ahead*k.pace.stride(k.read) {
 			return nil
@@ -59,35 +61,55 @@ func (k *keeper) step(ctx context.Context, done repository.Part, data, read int6
 		}
 		k.cost = time.Since(k.began)
 	}
-	if k.keep == nil || done.Size <= k.kept || !k.pace.due(read, k.read, time.Since(k.began), k.cost) {
+	if k.capture == nil || done <= k.kept || !k.pace.due(read, k.read, time.Since(k.began), k.cost) {
 		return nil
 	}
-	k.kept, k.read, k.began = done.Size, read, time.Now()
-	running := make(chan error, 1)
+	k.kept, k.read, k.began = done, read, time.Now()
+	keep, running := k.capture(), make(chan error, 1)
 	k.running = running
-	go func() { running <- k.keep(ctx, done, data) }()
+	ctx, end := lingering(ctx)
+	go func() {
+		defer end()
+		running <- keep(ctx)
+	}()
 	return nil
 }
 
-// wait waits for the checkpoint that is being taken.
+// wait waits for the checkpoint that is being taken. After one that failed no other is taken: what it was to make durable is
+// lost, and a later one would build on that.
 func (k *keeper) wait() error {
 	if k.running == nil {
 		return nil
 	}
 	err := <-k.running
-	k.running = nil
+	if k.running = nil; err != nil {
+		k.capture = nil
+	}
 	return err
 }
 
 // lastWords is how long an interrupted backup may take for its last checkpoint.
 const lastWords = 20 * time.Second
 
+// lingering is a context that ends lastWords after another one: a checkpoint that is being taken when a backup is
+// interrupted comes to its end.
+func lingering(ctx context.Context) (context.Context, context.CancelFunc) {
+	long, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	timer := time.AfterFunc(time.Duration(math.MaxInt64), cancel)
+	stop := context.AfterFunc(ctx, func() { timer.Reset(lastWords) })
+	return long, func() {
+		stop()
+		timer.Stop()
+		cancel()
+	}
+}
+
 // last takes a checkpoint of an interrupted backup, whose context may be over. Nothing else of it may run any more.
-func (k *keeper) last(ctx context.Context, done repository.Part, data int64) error {
-	if k.keep == nil || done.Size <= k.kept {
+func (k *keeper) last(ctx context.Context, done int64) error {
+	if k.capture == nil || done <= k.kept {
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), lastWords)
 	defer cancel()
-	return k.keep(ctx, done, data)
+	return k.capture()(ctx)
 }

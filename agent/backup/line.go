@@ -182,7 +182,7 @@ func (l *line) run(ctx context.Context, extents cbt.Seq) (repository.ImageID, er
 		l.pool.put(f.buffer)
 	}
 	if _, distrusted := errors.AsType[*distrustError](err); err != nil && !distrusted && fault.KindOf(err) != fault.Corrupt {
-		err = errors.Join(err, l.keeper.last(outer, l.index.Part(), l.data))
+		err = errors.Join(err, l.keeper.last(outer, l.index.Part().Size))
 	}
 	return image, err
 }
@@ -364,7 +364,7 @@ func (l *line) collect(ctx context.Context) error {
 		if err := l.add(ctx, p); err != nil {
 			return err
 		}
-		if err := l.keeper.step(ctx, l.index.Part(), l.data, l.read.Load()); err != nil {
+		if err := l.keeper.step(ctx, l.index.Part().Size, l.read.Load()); err != nil {
 			return err
 		}
 	}

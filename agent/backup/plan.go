@@ -184,6 +184,9 @@ func (f Facts) resume(p *Plan) bool {
 		*p = judged
 	}
 	p.Kind, p.Resume, p.Reason = c.Kind, c, fmt.Sprintf("continues an interrupted one at %d of %d bytes", c.Done, c.Size)
+	if f.Snapshot.Form == adapters.TreeForm {
+		p.Reason = fmt.Sprintf("continues an interrupted one that had read %d bytes", c.Done)
+	}
 	return true
 }
 

@@ -54,7 +54,7 @@ func runTree(ctx context.Context, q Request, p Plan, started time.Time, report *
 		return made, fault.Errorf(fault.Unsupported, "backend %s cannot open snapshots of trees", p.Snapshot.ID.Volume.Backend)
 	}
 	g := &grower{
-		r: q.Repository, chunk: q.Repository.ChunkSize(), pool: q.Pool, progress: q.Progress, walk: p.Walk,
+		ctx: ctx, r: q.Repository, chunk: q.Repository.ChunkSize(), pool: q.Pool, progress: q.Progress, walk: p.Walk,
 		spare: make(chan struct{}, q.Pool.workers()-1), links: map[uint64]*linked{},
 	}
 	if g.progress == nil {
@@ -78,21 +78,9 @@ func runTree(ctx context.Context, q Request, p Plan, started time.Time, report *
 		return made, err
 	}
 	defer func() { err = errors.Join(err, g.w.Close(context.WithoutCancel(ctx))) }()
-
-	root, err := g.root(ctx)
-	if err == nil {
-		err = g.audit(ctx)
-	}
-	report.BytesRead += g.read.Load()
-	report.BytesAudited += g.audited.Load()
-	report.BytesNew += g.fresh.Load()
-	report.Tree = g.report(root)
-	if err != nil {
-		return made, err
-	}
 	b := repository.Backup{
-		ID: p.ID, Volume: p.Snapshot.ID.Volume, Snapshot: p.Snapshot.ID, Kind: p.Kind, ChunkSize: g.chunk,
-		Created: p.Snapshot.Created, Started: started, Finished: time.Now(),
+		ID: p.ID, Volume: p.Snapshot.ID.Volume, Snapshot: p.Snapshot.ID, Kind: p.Kind, Size: p.Snapshot.Size, ChunkSize: g.chunk,
+		Created: p.Snapshot.Created, Started: started,
 		Cut: p.Snapshot.Notes.Cut, Consistency: p.Snapshot.Notes.Consistency, Unverified: p.Snapshot.Notes.Unverified,
 	}
 	if p.Base != nil {
@@ -101,6 +89,35 @@ func runTree(ctx context.Context, q Request, p Plan, started time.Time, report *
 			b.Believed = p.Base.Believed + 1
 		}
 	}
+	if p.Unfinished != nil {
+		g.w.Resume(*p.Unfinished)
+	}
+	if p.Resume != nil {
+		b.Started = p.Resume.Started
+		g.part = q.Repository.OpenTreePart(*p.Resume)
+	}
+	g.keeper = keeper{pace: q.Pace, capture: func() func(context.Context) error {
+		done, bytes := g.sofar.part(), g.resumed.Load()+g.read.Load()
+		return func(ctx context.Context) error { return g.w.CheckpointTree(ctx, b, done, bytes) }
+	}}
+
+	root, err := g.root(ctx)
+	err = errors.Join(err, g.keeper.wait())
+	if _, distrusted := errors.AsType[*distrustError](err); err != nil && !distrusted && fault.KindOf(err) != fault.Corrupt {
+		err = errors.Join(err, g.keeper.last(ctx, g.done()))
+	}
+	if err == nil {
+		err = g.audit(ctx)
+	}
+	report.BytesResumed += g.resumed.Load()
+	report.BytesRead += g.read.Load()
+	report.BytesAudited += g.audited.Load()
+	report.BytesNew += g.fresh.Load()
+	report.Tree = g.report(root)
+	if err != nil {
+		return made, err
+	}
+	b.Finished = time.Now()
 	if err := sameSnapshots(ctx, q.Adapter, p); err != nil {
 		return made, err
 	}
@@ -114,7 +131,8 @@ type grower struct {
 	r        *repository.Repository
 	w        *repository.Writer
 	source   adapters.Tree
-	base     *repository.Tree // nil: nothing is reused
+	base     *repository.Tree           // nil: nothing is reused
+	part     *repository.UnfinishedTree // what an interrupted run had done; nil: nothing
 	walk     bool
 	chunk    int64
 	pool     *Pool
@@ -127,8 +145,13 @@ type grower struct {
 	written choice[string] // paths of what to read back
 	reused  choice[placed] // of what to audit
 
+	ctx      context.Context // of the whole backup: a checkpoint outlives the directory whose entry was the occasion for it
+	sofar    sofar
+	keeper   keeper
+	keeperMu sync.Mutex
+
 	dirsWalked, dirsReused, filesRead, filesReused, filesAudited atomic.Int64 // names
-	read, fresh, audited                                         atomic.Int64 // bytes
+	read, fresh, audited, resumed                                atomic.Int64 // bytes
 }
 
 func (g *grower) report(root repository.TreeEntry) *TreeReport {
@@ -149,7 +172,12 @@ func (g *grower) root(ctx context.Context) (repository.TreeEntry, error) {
 		root := g.base.Root()
 		was = &root
 	}
-	return g.entry(ctx, "", e, was)
+	var part *repository.PartEntry
+	if g.part != nil {
+		root := g.part.Root()
+		part = &root
+	}
+	return g.entry(ctx, nil, "", e, was, part)
 }
 
 // placed is an entry of the base and its path.
@@ -165,10 +193,14 @@ type linked struct {
 	err  error
 }
 
-// entry makes an entry of the backup. was is what the base has at the path, nil for nothing.
-func (g *grower) entry(ctx context.Context, path string, e adapters.Entry, was *repository.TreeEntry) (repository.TreeEntry, error) {
+// entry makes an entry of the backup, in a directory that is being written. was is what the base has at the path, part what
+// an interrupted run of this backup had of it; nil for nothing.
+func (g *grower) entry(ctx context.Context, in *unfinished, path string, e adapters.Entry, was *repository.TreeEntry, part *repository.PartEntry) (repository.TreeEntry, error) {
 	if err := ctx.Err(); err != nil {
 		return repository.TreeEntry{}, err
+	}
+	if e.Type == adapters.Directory && isDone(part, e) {
+		return g.takeOver(path, part.TreeEntry), nil
 	}
 	if e.Unchanged && g.base != nil {
 		if was == nil || !was.Same(e) {
@@ -192,17 +224,38 @@ func (g *grower) entry(ctx context.Context, path string, e adapters.Entry, was *
 		if was != nil && was.Type != adapters.Directory {
 			was = nil
 		}
-		return g.directory(ctx, path, e, was)
+		return g.directory(ctx, in, path, e, was, part)
 	case adapters.RegularFile:
-		return g.file(ctx, path, e)
+		return g.file(ctx, path, e, part)
 	}
 	return g.w.WriteText(ctx, e)
 }
 
-// file reads a file, or waits for who reads it under another name.
-func (g *grower) file(ctx context.Context, path string, e adapters.Entry) (repository.TreeEntry, error) {
-	if e.Link == 0 {
+// isDone says that an interrupted run had finished an entry: of this very snapshot, in which nothing changes.
+func isDone(part *repository.PartEntry, e adapters.Entry) bool {
+	return part != nil && !part.Unfinished && part.Same(e)
+}
+
+// takeOver makes what an interrupted run had finished part of this one. It is audited like what is reused of the base.
+func (g *grower) takeOver(path string, done repository.TreeEntry) repository.TreeEntry {
+	n := done.Count().Bytes
+	g.resumed.Add(n)
+	g.progress.Total.Add(n)
+	g.progress.Done.Add(n)
+	g.reused.offer(placed{path, done})
+	return done
+}
+
+// file reads a file unless an interrupted run had, or waits for who reads it under another name.
+func (g *grower) file(ctx context.Context, path string, e adapters.Entry, part *repository.PartEntry) (repository.TreeEntry, error) {
+	read := func() (repository.TreeEntry, error) {
+		if isDone(part, e) {
+			return g.takeOver(path, part.TreeEntry), nil
+		}
 		return g.readFile(ctx, path, e)
+	}
+	if e.Link == 0 {
+		return read()
 	}
 	g.linksMu.Lock()
 	l, met := g.links[e.Link]
@@ -212,7 +265,7 @@ func (g *grower) file(ctx context.Context, path string, e adapters.Entry) (repos
 	}
 	g.linksMu.Unlock()
 	if !met {
-		l.made, l.err = g.readFile(ctx, path, e)
+		l.made, l.err = read()
 		close(l.done)
 		return l.made, l.err
 	}
@@ -239,11 +292,11 @@ func (g *grower) do(work, done func()) {
 	}
 }
 
-// directory walks a directory. was is the base's, nil for none.
-func (g *grower) directory(ctx context.Context, path string, self adapters.Entry, was *repository.TreeEntry) (repository.TreeEntry, error) {
+// directory walks a directory. was is the base's, part an interrupted run's, nil for none.
+func (g *grower) directory(ctx context.Context, in *unfinished, path string, self adapters.Entry, was *repository.TreeEntry, part *repository.PartEntry) (repository.TreeEntry, error) {
 	g.dirsWalked.Add(1)
 	d := g.w.NewDirectory()
-	made, err := g.fill(ctx, d, path, self, was)
+	made, err := g.fill(ctx, d, g.sofar.begin(in, self), path, self, was, part)
 	err = errors.Join(err, d.Close())
 	if err == nil {
 		g.written.offer(path)
@@ -258,7 +311,17 @@ type slot struct {
 	err  error
 }
 
-func (g *grower) fill(ctx context.Context, d *repository.DirectoryWriter, path string, self adapters.Entry, was *repository.TreeEntry) (made repository.TreeEntry, err error) {
+// ended says that nothing is done about the slot any more.
+func (s *slot) ended() bool {
+	select {
+	case <-s.done:
+		return true
+	default:
+		return false
+	}
+}
+
+func (g *grower) fill(ctx context.Context, d *repository.DirectoryWriter, u *unfinished, path string, self adapters.Entry, was *repository.TreeEntry, part *repository.PartEntry) (made repository.TreeEntry, err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	var failed firstError
 	var pending []*slot
@@ -269,12 +332,18 @@ func (g *grower) fill(ctx context.Context, d *repository.DirectoryWriter, path s
 		if s.err != nil {
 			return s.err
 		}
-		return d.Add(ctx, s.made)
+		if err := d.Add(ctx, s.made); err != nil {
+			return err
+		}
+		g.sofar.add(u, s.made)
+		return g.step()
 	}
 	defer func() { // whatever was started is waited for
 		cancel()
 		for _, s := range pending {
-			<-s.done
+			if <-s.done; s.err == nil {
+				g.sofar.add(u, s.made)
+			}
 		}
 		if errors.Is(err, context.Canceled) {
 			err = failed.or(err)
@@ -282,14 +351,21 @@ func (g *grower) fill(ctx context.Context, d *repository.DirectoryWriter, path s
 	}()
 	old := newCursor(ctx, g.base, was)
 	defer old.stop()
+	done := newPartCursor(ctx, g.part, part)
+	defer done.stop()
 	strict := g.walk && self.Unchanged // what is in it must be what was in it
 	for e, err := range g.source.Entries(ctx, path) {
 		if err != nil {
 			return made, err
 		}
-		was, skipped, err := old.find(e)
-		if err != nil {
+		known, skipped, err := old.find(e)
+		part, _, unread := done.find(e)
+		if err = errors.Join(err, unread); err != nil {
 			return made, baseFault(ctx, err)
+		}
+		var was *repository.TreeEntry
+		if known != nil {
+			was = &known.TreeEntry
 		}
 		if at := join(path, e.Name); strict && (skipped != "" || was == nil || !was.Same(e)) {
 			return made, &distrustError{why: fmt.Sprintf("%q is called unchanged, and %q is not what it was", path, join(path, skipped+e.Name))}
@@ -297,13 +373,13 @@ func (g *grower) fill(ctx context.Context, d *repository.DirectoryWriter, path s
 			s := &slot{done: make(chan struct{})}
 			pending = append(pending, s)
 			g.do(func() {
-				if s.made, s.err = g.entry(ctx, at, e, was); s.err != nil {
+				if s.made, s.err = g.entry(ctx, u, at, e, was, part); s.err != nil {
 					failed.set(s.err)
 					cancel()
 				}
 			}, func() { close(s.done) })
 		}
-		for len(pending) >= treeWindow {
+		for len(pending) >= treeWindow || len(pending) > 0 && pending[0].ended() {
 			if err := next(); err != nil {
 				return made, err
 			}

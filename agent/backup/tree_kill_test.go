@@ -71,7 +71,7 @@ func killedTreeChild() error {
 		if err != nil {
 			return err
 		}
-		report, err := Run(ctx, Request{Adapter: k.adapter, Snapshot: s, Repository: r, ID: killTreeID(run, k.round)})
+		report, err := Run(ctx, Request{Adapter: k.adapter, Snapshot: s, Repository: r, ID: killTreeID(run, k.round), Pace: Pace{Bytes: 1, Time: 1}})
 		if err != nil {
 			return err
 		}

@@ -21,9 +21,6 @@ const (
 
 // audit reads some of what was reused. A difference is a distrustError.
 func (g *grower) audit(ctx context.Context) error {
-	if g.base == nil {
-		return nil
-	}
 	left := int64(treeAuditBytes)
 	for _, p := range g.reused.chosen {
 		files, err := g.descend(ctx, p)
@@ -48,7 +45,7 @@ func (g *grower) audit(ctx context.Context) error {
 func (g *grower) descend(ctx context.Context, at placed) ([]placed, error) {
 	for at.Type == adapters.Directory {
 		var dirs, files choice[placed]
-		for e, err := range g.base.Below(ctx, at.TreeEntry) {
+		for e, err := range g.known().Below(ctx, at.TreeEntry) {
 			if err != nil {
 				return nil, baseFault(ctx, err)
 			}
@@ -88,7 +85,7 @@ func (g *grower) auditFile(ctx context.Context, was placed, most int64) (read in
 		return 0, err
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
-	old, err := g.base.Open(ctx, was.TreeEntry)
+	old, err := g.known().Open(ctx, was.TreeEntry)
 	if err != nil {
 		return 0, baseFault(ctx, err)
 	}

@@ -8,11 +8,11 @@ import (
 	"stillpoint.io/stillpoint/agent/repository"
 )
 
-// cursor reads a directory of the base beside one of the snapshot, both in the same order.
+// cursor reads a directory of the base, or of a checkpoint, beside one of the snapshot, both in the same order.
 type cursor struct {
-	pull func() (repository.TreeEntry, error, bool)
+	pull func() (repository.PartEntry, error, bool)
 	stop func()
-	at   *repository.TreeEntry // the next; nil at the end
+	at   *repository.PartEntry // the next; nil at the end
 	err  error
 }
 
@@ -21,8 +21,26 @@ func newCursor(ctx context.Context, base *repository.Tree, dir *repository.TreeE
 	if base == nil || dir == nil {
 		return &cursor{stop: func() {}}
 	}
+	return cursorOver(func(yield func(repository.PartEntry, error) bool) {
+		for e, err := range base.Below(ctx, *dir) {
+			if !yield(repository.PartEntry{TreeEntry: e}, err) {
+				return
+			}
+		}
+	})
+}
+
+// newPartCursor begins at the first entry of a directory that an interrupted run did not finish. Of nil there are none.
+func newPartCursor(ctx context.Context, part *repository.UnfinishedTree, dir *repository.PartEntry) *cursor {
+	if dir == nil || !dir.Unfinished {
+		return &cursor{stop: func() {}}
+	}
+	return cursorOver(part.Part(ctx, *dir))
+}
+
+func cursorOver(all iter.Seq2[repository.PartEntry, error]) *cursor {
 	c := &cursor{}
-	c.pull, c.stop = iter.Pull2(base.Below(ctx, *dir))
+	c.pull, c.stop = iter.Pull2(all)
 	c.next()
 	return c
 }
@@ -36,9 +54,9 @@ func (c *cursor) next() {
 	}
 }
 
-// find returns what the base has under the name, nil for nothing, and one of the names that were passed on the way to it:
+// find returns what is there under the name, nil for nothing, and one of the names that were passed on the way to it:
 // they are not in the snapshot.
-func (c *cursor) find(e adapters.Entry) (was *repository.TreeEntry, skipped string, err error) {
+func (c *cursor) find(e adapters.Entry) (was *repository.PartEntry, skipped string, err error) {
 	for c.at != nil && c.at.Before(e) {
 		skipped = c.at.Name
 		c.next()

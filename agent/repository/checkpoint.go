@@ -8,6 +8,7 @@ import (
 
 	"github.com/kopia/kopia/fs"
 	"github.com/kopia/kopia/repo/manifest"
+	"github.com/kopia/kopia/repo/object"
 	"github.com/kopia/kopia/snapshot"
 
 	"stillpoint.io/stillpoint/adapters"
@@ -18,8 +19,8 @@ import (
 // alone what the checkpoint refers to: the segments that are done, and all of the base. It ends with the backup, with a
 // newer backup of the volume, or with a maintenance some days later. Backups does not list it.
 type Checkpoint struct {
-	Backup           // as far as it is known: Image is of the part that is done, Data counts what is known of the whole
-	Done   int64     // bytes from the image's start that are done: a multiple of SegmentSize, or all of Size
+	Backup           // as far as it is known: Image or Tree is of the part that is done, Data counts what is known of the whole
+	Done   int64     // bytes from the image's start that are done, a multiple of SegmentSize, or all of Size; of a tree, in files
 	Taken  time.Time // when it was taken
 }
 
@@ -33,6 +34,7 @@ const (
 type stored struct {
 	Done   int64     `json:"done"`
 	Taken  time.Time `json:"taken"`
+	Root   string    `json:"root"` // kopia's id of the directory
 	Backup Backup    `json:"backup"`
 }
 
@@ -42,7 +44,29 @@ const baseName = "base.img"
 // Checkpoint makes what was written so far durable, and notes that done is the image's start. It replaces the writer's
 // checkpoint before. Others may write meanwhile: what they write belongs to the next one. It must not run in parallel
 // with itself or with Commit.
-func (w *Writer) Checkpoint(ctx context.Context, b Backup, done Part, base *Backup) (err error) {
+func (w *Writer) Checkpoint(ctx context.Context, b Backup, done Part, base *Backup) error {
+	return w.keep(ctx, b, done.Size, func(s *session, b *Backup) (files []*snapshot.DirEntry, err error) {
+		if base != nil {
+			files = append(files, &snapshot.DirEntry{Name: baseName, FileSize: base.Size, ObjectID: base.Image.id})
+		}
+		b.Image, err = done.store(ctx, w.r, s)
+		return append(files, &snapshot.DirEntry{Name: imageName, FileSize: done.Size, ObjectID: b.Image.id}), err
+	})
+}
+
+// CheckpointTree is Checkpoint for a backup of the form tree, of which bytes are in files that are done.
+func (w *Writer) CheckpointTree(ctx context.Context, b Backup, done *TreePart, bytes int64) error {
+	return w.keep(ctx, b, bytes, func(s *session, b *Backup) ([]*snapshot.DirEntry, error) {
+		part, err := done.store(ctx, w, s)
+		part.Name = treeName
+		b.Form, b.tree = adapters.TreeForm, &part
+		return nil, err
+	})
+}
+
+// keep makes a checkpoint of what store stores in the session that ends with it, and notes in the backup. It names the
+// other files of the checkpoint's directory.
+func (w *Writer) keep(ctx context.Context, b Backup, done int64, store func(*session, *Backup) ([]*snapshot.DirEntry, error)) (err error) {
 	next, err := w.begin(ctx)
 	if err != nil {
 		return err
@@ -54,19 +78,16 @@ func (w *Writer) Checkpoint(ctx context.Context, b Backup, done Part, base *Back
 	s.users.Wait()
 	defer func() { err = errors.Join(err, w.r.at.fault("closing", s.kopia.Close(context.WithoutCancel(ctx)))) }()
 
-	if b.Image, err = done.store(ctx, w.r, s); err != nil {
-		return err
-	}
-	c := stored{Done: done.Size, Taken: time.Now().UTC(), Backup: b}
-	text, err := json.Marshal(c)
+	files, err := store(s, &b)
 	if err != nil {
 		return err
 	}
-	files := []*snapshot.DirEntry{{Name: imageName, FileSize: done.Size, ObjectID: b.Image.id}}
-	if base != nil {
-		files = append([]*snapshot.DirEntry{{Name: baseName, FileSize: base.Size, ObjectID: base.Image.id}}, files...)
-	}
 	m, err := w.r.directory(ctx, s, &b, files)
+	if err != nil {
+		return err
+	}
+	c := stored{Done: done, Taken: time.Now().UTC(), Root: b.root.String(), Backup: b}
+	text, err := json.Marshal(c)
 	if err != nil {
 		return err
 	}
@@ -115,6 +136,9 @@ func (r *Repository) Checkpoints(ctx context.Context, f Filter) ([]Checkpoint, e
 		}
 		c.Backup.Handle = Handle{r.remote, c.Backup.ID}
 		c.Backup.manifest = e.ID
+		if c.Backup.root, err = object.ParseID(c.Root); err != nil {
+			return nil, fault.Errorf(fault.Corrupt, "repository %s: checkpoint %s: %w", r.at, e.ID, err)
+		}
 		i, ok := at[c.Backup.ID]
 		if !ok {
 			at[c.Backup.ID] = len(all)

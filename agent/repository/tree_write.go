@@ -16,6 +16,7 @@ import (
 // DirectoryWriter writes a directory entry by entry. It holds a MiB of it at most. It is not safe in parallel.
 type DirectoryWriter struct {
 	w       *Writer
+	only    *session // to be written through; nil: the writer's of the moment
 	session *session // once something is written
 	out     object.Writer
 	buf     []byte
@@ -79,7 +80,11 @@ func (d *DirectoryWriter) flush(ctx context.Context) error {
 		return err
 	}
 	if d.out == nil {
-		d.session = d.w.use()
+		if d.session = d.only; d.only != nil {
+			d.only.users.Add(1)
+		} else {
+			d.session = d.w.use()
+		}
 		d.out = d.session.kopia.NewObjectWriter(ctx, object.WriterOptions{Description: "directory", Prefix: directoryPrefix, Compressor: "zstd-fastest", MetadataCompressor: "zstd-fastest"})
 	}
 	_, err := d.out.Write(d.buf)
@@ -103,7 +108,11 @@ func (d *DirectoryWriter) Finish(ctx context.Context, self adapters.Entry) (Tree
 	}
 	d.buf = fmt.Appendf(d.buf, "],\"summary\":%s}\n", text)
 	if d.out == nil {
-		id, err := d.w.put(ctx, d.buf, directoryPrefix, indexCompressor)
+		put := d.w.put
+		if d.only != nil {
+			put = d.only.put
+		}
+		id, err := put(ctx, d.buf, directoryPrefix, indexCompressor)
 		e.object = object.DirectObjectID(id)
 		return e, err
 	}

@@ -1,0 +1,131 @@
+package repository
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"iter"
+
+	"github.com/kopia/kopia/fs"
+
+	"stillpoint.io/stillpoint/adapters"
+)
+
+// TreePart is a directory of a tree that is being written, as far as it came: entries that are finished, in the tree's
+// order, and after them directories that are not. A checkpoint stores it as a directory of numbered ones, each with a run
+// of the finished entries, and one for those that are not finished. So a checkpoint writes only what came since the last.
+type TreePart struct {
+	Self   adapters.Entry  // the directory itself
+	Pieces []TreeEntry     // runs that earlier checkpoints stored
+	Fresh  []TreeEntry     // what was finished since
+	Open   []*TreePart     // directories in it that are being written
+	Stored func(TreeEntry) // is told of the run that Fresh became, unless it is empty
+}
+
+// openName is the name of the directory of unfinished ones. It comes after all numbers.
+const openName = "open"
+
+// empty says that there is nothing in it that would be missed.
+func (p *TreePart) empty() bool {
+	for _, o := range p.Open {
+		if !o.empty() {
+			return false
+		}
+	}
+	return len(p.Pieces)+len(p.Fresh) == 0
+}
+
+// store writes the part in a session.
+func (p *TreePart) store(ctx context.Context, w *Writer, s *session) (TreeEntry, error) {
+	pieces := p.Pieces
+	if len(p.Fresh) > 0 {
+		name := fmt.Sprintf("%010d", len(pieces))
+		e, err := w.collect(ctx, s, name, func(add func(TreeEntry) error) error {
+			for _, e := range p.Fresh {
+				if err := add(e); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			return TreeEntry{}, err
+		}
+		p.Stored(e)
+		pieces = append(pieces[:len(pieces):len(pieces)], e)
+	}
+	e, err := w.collect(ctx, s, p.Self.Name, func(add func(TreeEntry) error) error {
+		for _, e := range pieces {
+			if err := add(e); err != nil {
+				return err
+			}
+		}
+		open, err := w.collect(ctx, s, openName, func(add func(TreeEntry) error) error {
+			for _, o := range p.Open {
+				if o.empty() {
+					continue
+				}
+				e, err := o.store(ctx, w, s)
+				if err == nil {
+					err = add(e)
+				}
+				if err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+		return add(open)
+	})
+	return e, err
+}
+
+// collect writes a directory of the part's own.
+func (w *Writer) collect(ctx context.Context, s *session, name string, fill func(add func(TreeEntry) error) error) (e TreeEntry, err error) {
+	d := w.NewDirectory()
+	d.only = s
+	defer func() { err = errors.Join(err, d.Close()) }()
+	if err := fill(func(e TreeEntry) error { return d.Add(ctx, e) }); err != nil {
+		return e, err
+	}
+	return d.Finish(ctx, adapters.Entry{Name: name, Type: adapters.Directory})
+}
+
+// UnfinishedTree is a tree as a checkpoint has it, open for reading.
+type UnfinishedTree struct{ *Tree }
+
+// OpenTreePart opens the tree of a checkpoint.
+func (r *Repository) OpenTreePart(c Checkpoint) *UnfinishedTree {
+	root := TreeEntry{Entry: adapters.Entry{Type: adapters.Directory}, object: c.Tree.id, summary: &fs.DirectorySummary{}}
+	return &UnfinishedTree{&Tree{r: r, contents: r.kopia.ContentReader(), root: root, recent: [2]map[string]TreeEntry{{}, {}}}}
+}
+
+// Root is the tree itself: an unfinished directory.
+func (t *UnfinishedTree) Root() PartEntry { return PartEntry{t.root, true} }
+
+// Part lists what an unfinished directory has, in the tree's order. Entries that are finished are as they are in the
+// backup; of the others only the name is known.
+func (t *UnfinishedTree) Part(ctx context.Context, dir PartEntry) iter.Seq2[PartEntry, error] {
+	return func(yield func(PartEntry, error) bool) {
+		for piece, err := range t.Below(ctx, dir.TreeEntry) {
+			if err != nil {
+				yield(PartEntry{}, err)
+				return
+			}
+			for e, err := range t.Below(ctx, piece) {
+				if !yield(PartEntry{e, piece.Name == openName}, err) || err != nil {
+					return
+				}
+			}
+		}
+	}
+}
+
+// PartEntry is an entry of an unfinished tree.
+type PartEntry struct {
+	TreeEntry
+	Unfinished bool // a directory, to be listed by Part
+}
