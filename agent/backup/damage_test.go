@@ -258,3 +258,26 @@ func TestRepairOfTree(t *testing.T) {
 		})
 	}
 }
+
+// Without the snapshot that it was made of, a tree stays hurt, is marked so, and the repair says why.
+func TestRepairOfTreeWithoutSnapshot(t *testing.T) {
+	t.Parallel()
+	g := newGrove(t)
+	rng := rand.New(rand.NewPCG(13, 14))
+	g.apply(func(m *adaptertest.TreeModel) error { return m.Write("small", []byte("a few bytes"), 0, rng) })
+	s, _ := g.cutTree()
+	old := g.backup(s)
+	w := &sick{world: g.world, t: t}
+	w.spoil(treeContents(t, g.repo, old.Backup, func(path string) bool { return path == "small" })...)
+	if err := g.adapter.DeleteSnapshot(t.Context(), s); err != nil {
+		t.Fatal(err)
+	}
+	report, err := w.repair(false)
+	if fault.KindOf(err) != fault.Corrupt || len(report.Hurt) != 1 || report.Hurt[0].Healed || len(report.Hurt[0].Why) != 1 || !strings.Contains(report.Hurt[0].Why[0], s.String()) {
+		t.Fatalf("%+v, %v", report, err)
+	}
+	w.reopen()
+	if b, err := w.repo.Backup(t.Context(), backupID(t, old.Backup)); err != nil || b.Suspect == "" {
+		t.Errorf("not marked: %+v, %v", b, err)
+	}
+}

@@ -22,7 +22,7 @@ func TestTreeVerifyAgainst(t *testing.T) {
 	}
 	g.apply(
 		func(m *adaptertest.TreeModel) error { return m.Mkdir("against", rng) },
-		write("against/large", large, 0), write("against/small", []byte("abc"), 0),
+		write("against/large", large, 0), write("against/small", []byte("abc"), 0), write("against/gone", []byte("gone!"), 0),
 	)
 	s, _ := g.cutTree()
 	r := g.backup(s)
@@ -36,14 +36,14 @@ func TestTreeVerifyAgainst(t *testing.T) {
 	if report, err := against(s); err != nil || !report.Same || report.BytesCompared != b.Size || report.BytesDiffer != 0 {
 		t.Fatalf("against its own snapshot: %+v, %v", report, err)
 	}
-	g.apply(write("against/large", []byte("other"), 200<<10), write("against/new", []byte("new"), 0))
+	g.apply(func(m *adaptertest.TreeModel) error { return m.Remove("against/gone") }, write("against/large", []byte("other"), 200<<10), write("against/new", []byte("new"), 0))
 	s, _ = g.cutTree()
 	report, err := against(s)
-	if fault.KindOf(err) != fault.Corrupt || report.Same || report.BytesDiffer != 64<<10+3 {
+	if fault.KindOf(err) != fault.Corrupt || report.Same || report.BytesDiffer != 64<<10+3+5 {
 		t.Fatalf("against another snapshot: %+v, %v", report, err)
 	}
 	all := strings.Join(report.Differences, "\n")
-	for _, words := range []string{`"against/large": 65536 bytes at 196608 are others`, `"against/new": a file of the snapshot`} {
+	for _, words := range []string{`"against/large": 65536 bytes at 196608 are others`, `"against/new": a file of the snapshot`, `"against/gone": a file of the backup`} {
 		if !strings.Contains(all, words) {
 			t.Errorf("%s is not in:\n%s", words, all)
 		}
