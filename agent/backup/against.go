@@ -20,7 +20,7 @@ import (
 type AgainstRequest struct {
 	Repository *repository.Repository
 	ID         string
-	Adapter    adapters.Adapter // an Opener
+	Adapter    adapters.Adapter // an Opener, or Trees
 	Snapshot   adapters.SnapshotID
 	Budget     Budget
 	Progress   *Progress // may be nil
@@ -33,11 +33,11 @@ type AgainstReport struct {
 	Same          bool     `json:"same_snapshot"`  // it is the one that the backup was made of
 	BytesCompared int64    `json:"bytes_compared"` // all of the volume, zeros too, but for what the repository has lost
 	BytesDiffer   int64    `json:"bytes_differ"`
-	Differences   []string `json:"differences,omitempty"` // by offset, and which side is which; the first hundred
+	Differences   []string `json:"differences,omitempty"` // by offset or, of a tree, by path, and which side is which; the first hundred
 }
 
 // VerifyAgainst verifies a backup, and compares every chunk of it with the snapshot: all of the snapshot is read, whatever
-// the backend calls unallocated. A difference is Corrupt. Which side is wrong it cannot say; the backup's chunks have just
+// the backend calls unallocated. Of a tree it compares every name, description and byte. A difference is Corrupt. Which side is wrong it cannot say; the backup's chunks have just
 // been found to be what was stored.
 func VerifyAgainst(ctx context.Context, q AgainstRequest) (report AgainstReport, err error) {
 	started := time.Now()
@@ -45,22 +45,32 @@ func VerifyAgainst(ctx context.Context, q AgainstRequest) (report AgainstReport,
 	if err != nil {
 		return report, err
 	}
-	if b.Form == adapters.TreeForm {
-		return report, fault.Errorf(fault.Unsupported, "backup %s is of a tree of files, which is not compared with a snapshot", b.Handle)
-	}
 	found, err := q.Adapter.Snapshot(ctx, q.Snapshot)
 	if err != nil {
 		return report, err
 	}
-	opener, ok := adapters.As[adapters.Opener](q.Adapter)
-	if !ok {
-		return report, fault.Errorf(fault.Unsupported, "backend %s cannot open snapshots", found.ID.Volume.Backend)
+	c := &comparison{backup: b, progress: q.Progress}
+	if c.progress == nil {
+		c.progress = new(Progress)
 	}
-	live, err := opener.Open(ctx, found.ID)
-	if err != nil {
-		return report, err
+	compare := func() error { return c.run(ctx, q.Repository, q.Budget) }
+	if b.Form == adapters.TreeForm {
+		live, failed := q.openTreeAgainst(ctx, found)
+		if failed != nil {
+			return report, failed
+		}
+		defer func() { err = errors.Join(err, live.Close()) }()
+		compare = func() error { return c.tree(ctx, q, live) }
+	} else {
+		opener, ok := adapters.As[adapters.Opener](q.Adapter)
+		if !ok {
+			return report, fault.Errorf(fault.Unsupported, "backend %s cannot open snapshots", found.ID.Volume.Backend)
+		}
+		if c.live, err = opener.Open(ctx, found.ID); err != nil {
+			return report, err
+		}
+		defer func() { err = errors.Join(err, c.live.Close()) }()
 	}
-	defer func() { err = errors.Join(err, live.Close()) }()
 	report.Snapshot, report.Same = found.ID.String(), isOf(b, found)
 
 	var damaged error
@@ -68,15 +78,11 @@ func VerifyAgainst(ctx context.Context, q AgainstRequest) (report AgainstReport,
 	if damaged != nil && fault.KindOf(damaged) != fault.Corrupt {
 		return report, damaged
 	}
-	c := &comparison{backup: b, live: live, progress: q.Progress}
-	if c.progress == nil {
-		c.progress = new(Progress)
-	}
-	if err := c.run(ctx, q.Repository, q.Budget); err != nil {
+	if err := compare(); err != nil {
 		return report, fmt.Errorf("comparing %s with %s: %w", b.Handle, found.ID, err)
 	}
 	report.BytesCompared, report.Seconds = c.compared, time.Since(started).Seconds()
-	slices.SortFunc(c.differences, func(x, y difference) int { return cmp.Compare(x.off, y.off) })
+	slices.SortFunc(c.differences, func(x, y difference) int { return cmp.Or(cmp.Compare(x.off, y.off), cmp.Compare(x.words, y.words)) })
 	for _, d := range c.differences {
 		report.BytesDiffer += d.length
 		if len(report.Differences) < badMax {
@@ -92,7 +98,7 @@ func VerifyAgainst(ctx context.Context, q AgainstRequest) (report AgainstReport,
 // comparison of a backup's index with a snapshot's bytes.
 type comparison struct {
 	backup   repository.Backup
-	live     adapters.Image
+	live     adapters.Image // nil of a tree
 	progress *Progress
 
 	mu          sync.Mutex

@@ -228,3 +228,56 @@ func treeContents(t *testing.T, r *repository.Repository, handle string, which f
 	walk("", tree.Root())
 	return slices.Sorted(maps.Keys(seen))
 }
+
+// A repair stores again from the snapshot what a tree has lost, and no backup has to be made for it.
+func TestRepairOfTree(t *testing.T) {
+	for name, spoilt := range map[string]func(path string) bool{
+		"a file":                      func(path string) bool { return path == "d/small" },
+		"a large file":                func(path string) bool { return path == "d/large" },
+		"a directory and what it has": func(path string) bool { return strings.HasPrefix(path, "d") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			g := newGrove(t)
+			rng := rand.New(rand.NewPCG(11, 12))
+			g.apply(
+				func(m *adaptertest.TreeModel) error { return m.Mkdir("d", rng) },
+				func(m *adaptertest.TreeModel) error { return m.Write("d/small", []byte("a few bytes"), 0, rng) },
+				func(m *adaptertest.TreeModel) error { return m.Write("d/large", random(rng, 300<<10), 0, rng) },
+			)
+			s, want := g.cutTree()
+			old := g.backup(s)
+			w := &sick{world: g.world, t: t}
+			w.spoil(treeContents(t, g.repo, old.Backup, spoilt)...)
+			report, err := w.repair(false)
+			if err != nil || len(report.Hurt) != 1 || !report.Hurt[0].Healed || report.Stored == 0 {
+				t.Fatalf("%+v, %v", report, err)
+			}
+			w.reopen()
+			mustHold(t, w.repo, old.Backup, want)
+		})
+	}
+}
+
+// Without the snapshot that it was made of, a tree stays hurt, is marked so, and the repair says why.
+func TestRepairOfTreeWithoutSnapshot(t *testing.T) {
+	t.Parallel()
+	g := newGrove(t)
+	rng := rand.New(rand.NewPCG(13, 14))
+	g.apply(func(m *adaptertest.TreeModel) error { return m.Write("small", []byte("a few bytes"), 0, rng) })
+	s, _ := g.cutTree()
+	old := g.backup(s)
+	w := &sick{world: g.world, t: t}
+	w.spoil(treeContents(t, g.repo, old.Backup, func(path string) bool { return path == "small" })...)
+	if err := g.adapter.DeleteSnapshot(t.Context(), s); err != nil {
+		t.Fatal(err)
+	}
+	report, err := w.repair(false)
+	if fault.KindOf(err) != fault.Corrupt || len(report.Hurt) != 1 || report.Hurt[0].Healed || len(report.Hurt[0].Why) != 1 || !strings.Contains(report.Hurt[0].Why[0], s.String()) {
+		t.Fatalf("%+v, %v", report, err)
+	}
+	w.reopen()
+	if b, err := w.repo.Backup(t.Context(), backupID(t, old.Backup)); err != nil || b.Suspect == "" {
+		t.Errorf("not marked: %+v, %v", b, err)
+	}
+}

@@ -19,6 +19,9 @@ type healing struct {
 	chunk   buffer
 	done    map[repository.Chunk]bool
 	count   int64
+
+	budget Budget
+	trees  map[string]string // backups whose snapshots were walked, by id, and what stood in the way
 }
 
 // one makes what hurts a backup again. If it cannot, it says why.
@@ -27,7 +30,7 @@ func (h *healing) one(ctx context.Context, b repository.Backup, hurt Hurt) (ok b
 	case DescriptionPart:
 		return h.description(ctx, b)
 	case FilePart, DirectoryPart:
-		return false, "files and directories of trees are not stored again: forget the backups that are hurt, repair --all, and back the volume up again", nil
+		return h.tree(ctx, b)
 	case TopPart:
 		if b.Form == adapters.TreeForm {
 			return false, "the root of a tree is not stored again", nil

@@ -233,7 +233,7 @@ func (p *repairer) heal(ctx context.Context) (stored int64, err error) {
 		return 0, err
 	}
 	defer func() { err = errors.Join(err, m.Close(context.WithoutCancel(ctx))) }()
-	h := &healing{m: m, r: p.q.Repository, sources: p.sources, done: map[repository.Chunk]bool{}}
+	h := &healing{m: m, r: p.q.Repository, sources: p.sources, done: map[repository.Chunk]bool{}, budget: p.q.Budget, trees: map[string]string{}}
 	if h.chunk, err = newBuffer(max(p.q.Repository.ChunkSize(), adapters.ImageAlign)); err != nil {
 		return 0, err
 	}
@@ -281,7 +281,7 @@ func (p *repairer) again(ctx context.Context) (err error) {
 		}
 		s.hurts = f.hurts
 	}
-	return nil
+	return p.note(ctx, c, nil) // what a lost directory had hidden
 }
 
 func (p *repairer) whole() bool {

@@ -219,9 +219,10 @@ func (r *Repository) eachContent(ctx context.Context, from content.Reader, b Bac
 
 // renewal is how a writer stores anew what is known to be damaged. Nearly always nothing is.
 type renewal struct {
-	left atomic.Int64 // how many of bad there are
-	mu   sync.Mutex
-	bad  map[content.ID]struct{}
+	left    atomic.Int64 // how many of bad there are
+	renewed atomic.Int64 // how many were stored anew
+	mu      sync.Mutex
+	bad     map[content.ID]struct{}
 }
 
 func (n *renewal) begin(bad map[content.ID]struct{}) {
@@ -261,6 +262,7 @@ func (n *renewal) store(ctx context.Context, m *content.WriteManager, id content
 	if err == nil {
 		delete(n.bad, id)
 		n.left.Add(-1)
+		n.renewed.Add(1)
 	}
 	return id, err
 }

@@ -117,6 +117,17 @@ func (w *Writer) Close(ctx context.Context) error {
 	return w.r.at.fault("closing", within(ctx, w.current.kopia.Close))
 }
 
+// Flush makes what was written so far durable, without a backup that refers to it: what others have lost is there again.
+// It must not run in parallel with Checkpoint or Commit.
+func (w *Writer) Flush(ctx context.Context) error {
+	s := w.use()
+	defer s.users.Done()
+	return w.r.at.fault("writing to", within(ctx, s.kopia.Flush))
+}
+
+// Renewed is how many contents that were known to be damaged this writer stored anew.
+func (w *Writer) Renewed() int64 { return w.renewal.renewed.Load() }
+
 // Stored is how many bytes went to the repository so far, compressed and with indexes.
 func (w *Writer) Stored() int64 { return w.stored.Load() }
 
