@@ -103,7 +103,7 @@ func (c *treeComparison) directory(ctx context.Context, path string, was reposit
 			c.differs(0, e.Size, fmt.Sprintf("%q: a %s of the snapshot that is not in the backup", at, e.Type))
 			continue
 		}
-		mine := *old.at
+		mine := old.at.TreeEntry
 		old.next()
 		jobs.do(c.spare, func() error { return c.entry(ctx, at, e, mine) })
 	}
