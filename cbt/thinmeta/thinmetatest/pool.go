@@ -103,7 +103,8 @@ func (p *Pool) Discard(id, block uint64) {
 	}
 }
 
-// Fill writes to count blocks from one on, of a device that has none, as fast as can be. The nodes get fill entries.
+// Fill writes to count blocks from one on, of a device that has none, as fast as can be. The nodes get fill entries:
+// between two thirds and all of the capacity.
 func (p *Pool) Fill(id, from, count uint64, fill int) {
 	d := p.device(id)
 	keys, words := make([]uint64, count), make([]uint64, count)
@@ -113,8 +114,8 @@ func (p *Pool) Fill(id, from, count uint64, fill int) {
 	d.root, d.mapped = build(keys, words, fill), count
 }
 
-// Rebuild gives a device a tree of its own with the same mappings and fill entries in each node: equal to others, and
-// nothing shared. (The kernel never does that, thin_restore always.)
+// Rebuild gives a device a tree of its own with the same mappings and fill entries in each node, as Fill does: equal to
+// others, and nothing shared. (The kernel never does that, thin_restore always.)
 func (p *Pool) Rebuild(id uint64, fill int) {
 	d := p.device(id)
 	var keys, words []uint64
