@@ -204,6 +204,9 @@ func readBlocks(ctx context.Context, source Source, p []byte, block uint64) erro
 		return err
 	}
 	blocks := uint64(source.Size()) / blockSize
+	if blocks == 0 {
+		return fault.Errorf(fault.Corrupt, "metadata block 0: %d bytes are too few for a superblock of dm-thin metadata", source.Size())
+	}
 	if block >= blocks || uint64(len(p)/blockSize) > blocks-block {
 		return corrupt(block, "something refers to it, but the metadata ends before it, at block %d: it may be truncated", blocks)
 	}

@@ -85,8 +85,11 @@ func OpenSnapshot(ctx context.Context, source Source, block uint64) (*Metadata, 
 	if err != nil {
 		return nil, err
 	}
-	if live.Snapshot == 0 || live.Snapshot != block {
-		return nil, fault.Errorf(fault.NotFound, "the pool has no metadata snapshot at block %d: reserve one with `dmsetup message POOL 0 reserve_metadata_snap`", block)
+	switch {
+	case live.Snapshot == 0:
+		return nil, fault.Errorf(fault.NotFound, "the pool has no metadata snapshot: reserve one with `dmsetup message POOL 0 reserve_metadata_snap`")
+	case live.Snapshot != block:
+		return nil, fault.Errorf(fault.NotFound, "the pool's metadata snapshot is not at block %d but at %d: it was released and reserved anew", block, live.Snapshot)
 	}
 	super, err := readSuperblock(ctx, source, block)
 	if err != nil {
