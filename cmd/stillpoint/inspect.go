@@ -129,6 +129,9 @@ func thinID(flag, s string) (thinmeta.DeviceID, error) {
 // thinMappings prints where a device's blocks lie.
 func (a *app) thinMappings(ctx context.Context, m *thinmeta.Metadata, device string) error {
 	id, err := thinID("--mappings", device)
+	if err == nil {
+		_, err = m.End(ctx, id) // is there such a device?
+	}
 	if err != nil {
 		return err
 	}
