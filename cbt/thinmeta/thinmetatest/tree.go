@@ -172,14 +172,3 @@ func chunks(n, size int) (runs [][2]int) {
 	}
 	return runs
 }
-
-// count returns how many mappings a tree has.
-func (n *node) count() (total uint64) {
-	if n.leaf() {
-		return uint64(len(n.keys))
-	}
-	for _, kid := range n.kids {
-		total += kid.count()
-	}
-	return total
-}
