@@ -107,7 +107,7 @@ func filled(all []cbt.Extent) []cbt.Extent {
 
 // TestCost counts the blocks of metadata that deltas read: what is shared is not among them.
 func TestCost(t *testing.T) {
-	const blocks = 200_000 // 794 leaves
+	const blocks = 100_000 // 397 leaves
 	origin := func(p *thinmetatest.Pool) {
 		p.Create(1)
 		p.Fill(1, 0, blocks, thinmetatest.MaxCapacity)
@@ -125,12 +125,12 @@ func TestCost(t *testing.T) {
 				p.Write(1, blocks/3+b)
 			}
 		}},
-		{"higher", 1650, func(p *thinmetatest.Pool) { // the new part has 1588 leaves
+		{"higher", 850, func(p *thinmetatest.Pool) { // the new part has 794 leaves
 			for b := range uint64(blocks) {
 				p.Write(1, blocks+b)
 			}
 		}},
-		{"lower", 850, func(p *thinmetatest.Pool) {
+		{"lower", 450, func(p *thinmetatest.Pool) {
 			for b := range uint64(blocks - 500) {
 				p.Discard(1, b)
 			}
