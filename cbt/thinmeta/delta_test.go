@@ -167,6 +167,38 @@ func TestCost(t *testing.T) {
 	}
 }
 
+// TestNothingSharedIsRead bounds what deltas of random pools read by what is not shared, of which each node is read once
+// and as many more at most ahead; and by the way down, twice in each tree of devices and once in each device's.
+func TestNothingSharedIsRead(t *testing.T) {
+	shared := 0
+	for seed := range 100 {
+		p := history(rand.New(rand.NewPCG(uint64(seed), 5)))
+		m, source := inMemory(t, p)
+		for _, base := range p.Devices() {
+			for _, target := range p.Devices() {
+				source.blocks = 0
+				d, err := m.Changed(t.Context(), thinmeta.Volume{ID: thinmeta.DeviceID(base), Size: 1 << 40}, thinmeta.Volume{ID: thinmeta.DeviceID(target), Size: 1 << 40}, 0)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if _, err := cbt.Sum(d.Extents); err != nil {
+					t.Fatal(err)
+				}
+				n := p.Unshared(base, target)
+				if limit := 2*n + 4 + 10; source.blocks > limit {
+					t.Errorf("seed %d: a delta of devices %d and %d read %d blocks; %d nodes are not shared", seed, base, target, source.blocks, n)
+				}
+				if base != target && n == 0 {
+					shared++
+				}
+			}
+		}
+	}
+	if shared == 0 {
+		t.Error("no two devices were equal")
+	}
+}
+
 // TestSeek resumes behind the middle, without reading what comes before.
 func TestSeek(t *testing.T) {
 	p := thinmetatest.New(thinmetatest.Options{BlockSize: 64 << 10, DataBlocks: 1 << 20})

@@ -188,3 +188,24 @@ func (p *Pool) Mappings(id uint64) map[uint64]uint64 {
 	p.device(id).root.each(func(key, word uint64) { all[key] = word >> 24 })
 	return all
 }
+
+// Unshared counts the nodes that only one of two devices' trees has.
+func (p *Pool) Unshared(a, b uint64) (n int) {
+	seen := map[*node]int{}
+	p.device(a).root.mark(seen, 1)
+	p.device(b).root.mark(seen, 2)
+	for _, trees := range seen {
+		if trees != 3 {
+			n++
+		}
+	}
+	return n
+}
+
+// mark notes all nodes of a tree.
+func (n *node) mark(seen map[*node]int, tree int) {
+	seen[n] |= tree
+	for _, kid := range n.kids {
+		kid.mark(seen, tree)
+	}
+}
