@@ -75,7 +75,7 @@ func (b *bench) thin(ctx context.Context) error {
 		return err
 	}
 	b.say("\n## Changed blocks of thin volumes\n")
-	b.say("Metadata of %d MiB of a thin pool: a device of 1 TiB, %d blocks mapped, and snapshots of it of which so much was changed. thin_delta is that of thin-provisioning-tools %s, its output goes to a file, as ours does. Medians of 5 runs; page cache dropped before those that are cold; thin_delta reads past the page cache in any case.\n",
+	b.say("Metadata of %d MiB of a thin pool: a device of 1 TiB, %d blocks mapped, and snapshots of it of which so much was changed. thin_delta is that of thin-provisioning-tools %s; its output goes to a file, as ours does. Medians of 5 runs; page cache dropped before those that are cold; thin_delta reads past the page cache in any case.\n",
 		info.Size()/mib, thinBlocks, version(ctx, "thin_delta", "-V"))
 	b.say("| changed | extents | in process, ms | Stillpoint, ms | cold, ms | thin_delta, ms | cold, ms | thin_delta ÷ Stillpoint | cold | goal | peak memory, MiB: Stillpoint, thin_delta |")
 	b.say("|---|---|---|---|---|---|---|---|---|---|---|")
