@@ -314,6 +314,32 @@ func TestReleased(t *testing.T) {
 	}
 }
 
+// torn shows a damaged superblock so many times, as one that is being written.
+type torn struct {
+	memory
+	times int
+}
+
+func (m *torn) ReadAt(ctx context.Context, p []byte, offset int64) (int, error) {
+	n, err := m.memory.ReadAt(ctx, p, offset)
+	if offset == 0 && m.times > 0 {
+		m.times--
+		clear(p[2048:])
+		p[48]++
+	}
+	return n, err
+}
+
+func TestSuperblockInFlight(t *testing.T) {
+	image := victim(t)
+	if _, err := thinmeta.Open(t.Context(), &torn{memory{image: image}, 2}); err != nil {
+		t.Error(err)
+	}
+	if _, err := thinmeta.Open(t.Context(), &torn{memory{image: image}, 1000}); !errors.Is(err, fault.Corrupt) {
+		t.Error(err)
+	}
+}
+
 func Example() {
 	p := thinmetatest.New(thinmetatest.Options{BlockSize: 64 << 10, DataBlocks: 100})
 	p.Create(1)

@@ -98,12 +98,18 @@ func OpenSnapshot(ctx context.Context, source Source, block uint64) (*Metadata, 
 	return &Metadata{source: source, super: super, dataBlocks: live.Data.Blocks}, nil
 }
 
-func readSuperblock(ctx context.Context, source Source, block uint64) (Superblock, error) {
+// readSuperblock reads a superblock, again if it makes no sense: an active pool may be writing it at this moment.
+func readSuperblock(ctx context.Context, source Source, block uint64) (s Superblock, err error) {
 	page := aligned(blockSize)
-	if err := readBlocks(ctx, source, page, block); err != nil {
-		return Superblock{}, err
+	for range 3 {
+		if err := readBlocks(ctx, source, page, block); err != nil {
+			return Superblock{}, err
+		}
+		if s, err = parseSuperblock(page, block); err == nil {
+			break
+		}
 	}
-	return parseSuperblock(page, block)
+	return s, err
 }
 
 // Superblock returns what the superblock says.
