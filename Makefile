@@ -11,6 +11,7 @@ export PATH := $(PATH):/usr/sbin:/sbin:/usr/local/go/bin
 
 COMPILER    := gcc=gcc /usr/include/stdlib.h=libc6-dev
 FILESYSTEMS := mkfs.xfs=xfsprogs mkfs.btrfs=btrfs-progs mkfs.ext4=e2fsprogs mkfs.f2fs=f2fs-tools mount=mount cmp=diffutils
+THIN        := thin_check=thin-provisioning-tools
 PEERS       := restic=restic borg=borgbackup
 CEPH        := ceph-mon=ceph-mon ceph-mgr=ceph-mgr ceph-osd=ceph-osd radosgw=radosgw ceph=ceph-common
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
@@ -42,7 +43,7 @@ lint:
 	go run $(STATICCHECK) ./...
 
 test: lint versitygw
-	@./packages.sh $(FILESYSTEMS) $(CEPH)
+	@./packages.sh $(FILESYSTEMS) $(CEPH) $(THIN)
 	go test $(RACE) -timeout 40m ./...
 
 soak:
@@ -55,7 +56,7 @@ versitygw:
 	@go -C integration/versitygw tool -n versitygw >/dev/null
 
 bench: build
-	@./packages.sh $(FILESYSTEMS) $(PEERS)
+	@./packages.sh $(FILESYSTEMS) $(PEERS) $(THIN)
 	go run ./bench
 
 clean:

@@ -4,7 +4,7 @@
 // /var/tmp, and a machine that does nothing else.
 //
 //	go run ./bench                 everything
-//	go run ./bench -only freeze    one part: freeze, backup, stages, s3, sparse, delta or tree
+//	go run ./bench -only freeze    one part: freeze, backup, stages, s3, sparse, delta, thin or tree
 package main
 
 import (
@@ -28,10 +28,18 @@ import (
 )
 
 func main() {
-	only := flag.String("only", "", "one part: freeze, backup, stages, s3, sparse, delta or tree")
+	only := flag.String("only", "", "one part: freeze, backup, stages, s3, sparse, delta, thin or tree")
+	image := flag.String("thin-image", "", "only make the metadata of the part thin, into a `file`")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
+	if *image != "" {
+		if err := makeThinImage(*image); err != nil {
+			fmt.Fprintln(os.Stderr, "bench:", err)
+			os.Exit(1)
+		}
+		return
+	}
 	var table bytes.Buffer
 	err := run(ctx, *only, io.MultiWriter(os.Stdout, &table))
 	if err == nil && *only == "" {
@@ -62,7 +70,7 @@ func run(ctx context.Context, only string, out io.Writer) (err error) {
 	parts := []struct {
 		name string
 		run  func(*bench, context.Context) error
-	}{{"freeze", (*bench).freeze}, {"backup", (*bench).backup}, {"stages", (*bench).stages}, {"s3", (*bench).s3}, {"sparse", (*bench).sparse}, {"delta", (*bench).delta}, {"tree", (*bench).tree}}
+	}{{"freeze", (*bench).freeze}, {"backup", (*bench).backup}, {"stages", (*bench).stages}, {"s3", (*bench).s3}, {"sparse", (*bench).sparse}, {"delta", (*bench).delta}, {"thin", (*bench).thin}, {"tree", (*bench).tree}}
 	known := only == ""
 	for _, p := range parts {
 		known = known || p.name == only
@@ -121,20 +129,32 @@ type usage struct {
 
 // time runs a program and measures it. cold drops the page cache before.
 func (b *bench) time(ctx context.Context, cold bool, env []string, name string, args ...string) (usage, error) {
+	var stdout bytes.Buffer
+	u, err := b.timeInto(ctx, &stdout, cold, env, name, args...)
+	if err != nil {
+		return u, fmt.Errorf("%w%s", err, stdout.Bytes())
+	}
+	u.text = stdout.Bytes()
+	return u, nil
+}
+
+// timeInto is time with the program's output going elsewhere than into the usage. The peak of memory that the kernel
+// tells of a process is at least that of the one that started it: large outputs are better not kept in this one.
+func (b *bench) timeInto(ctx context.Context, stdout io.Writer, cold bool, env []string, name string, args ...string) (usage, error) {
 	if cold {
 		unix.Sync()
 		if err := os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0); err != nil {
 			return usage{}, err
 		}
 	}
-	var stdout, stderr bytes.Buffer
+	var stderr bytes.Buffer
 	c := exec.CommandContext(ctx, name, args...)
-	c.Env, c.Stdout, c.Stderr = append(b.env, env...), &stdout, &stderr
+	c.Env, c.Stdout, c.Stderr = append(b.env, env...), stdout, &stderr
 	begin, busy := time.Now(), busyTime()
 	if err := c.Run(); err != nil {
-		return usage{}, fmt.Errorf("%s %s: %w: %s%s", filepath.Base(name), strings.Join(args, " "), err, stdout.Bytes(), stderr.Bytes())
+		return usage{}, fmt.Errorf("%s %s: %w: %s", filepath.Base(name), strings.Join(args, " "), err, stderr.Bytes())
 	}
-	u := usage{wall: time.Since(begin), cpu: c.ProcessState.UserTime() + c.ProcessState.SystemTime(), busy: busyTime() - busy, text: stdout.Bytes()}
+	u := usage{wall: time.Since(begin), cpu: c.ProcessState.UserTime() + c.ProcessState.SystemTime(), busy: busyTime() - busy}
 	u.peak = c.ProcessState.SysUsage().(*syscall.Rusage).Maxrss * kib
 	return u, nil
 }

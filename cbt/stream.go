@@ -96,6 +96,7 @@ func Align(s Seq, chunk, size int64) Seq {
 // volume.
 func Fill(s Seq, from, size int64) Seq {
 	return func(yield func(Extent, error) bool) {
+		from := from // it can be ranged over again
 		for e, err := range s {
 			if err != nil {
 				yield(Extent{}, err)

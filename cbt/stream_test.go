@@ -75,6 +75,16 @@ func TestFarEnd(t *testing.T) {
 	}
 }
 
+// TestFillAgain ranges over a result twice.
+func TestFillAgain(t *testing.T) {
+	filled := cbt.Fill(cbt.Of(cbt.Extent{Offset: 3, Length: 2}), 0, 10)
+	for range 2 {
+		if total, err := cbt.Sum(filled); err != nil || total != (cbt.Total{Extents: 3, Data: 2, Zero: 8}) {
+			t.Error(total, err)
+		}
+	}
+}
+
 func TestSum(t *testing.T) {
 	broken := errors.New("broken")
 	s := cbt.Of(cbt.Extent{Offset: 0, Length: 3}, cbt.Extent{Offset: 3, Length: 4, Zero: true}, cbt.Extent{Offset: 9, Length: 5})
