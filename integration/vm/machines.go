@@ -83,6 +83,9 @@ func (m *machine) spec(cmd Command) (spec, error) {
 	}
 	s.Scratch = prefix + string(rune('a'+len(s.Disks)))
 	s.Out, s.Err = fmt.Sprintf("/dev/ttyS%d", line), fmt.Sprintf("/dev/ttyS%d", line+1)
+	if cmd.Stdout == cmd.Stderr {
+		s.Err = s.Out
+	}
 	return s, nil
 }
 

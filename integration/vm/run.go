@@ -29,7 +29,7 @@ type Command struct {
 	Args           []string  // without the program's name
 	Env            []string  // os.Environ if nil; PATH is completed, HOME and TMPDIR are the guest's own
 	Dir            string    // the working directory if empty
-	Stdout, Stderr io.Writer // live; nil discards
+	Stdout, Stderr io.Writer // live; nil discards. If they are the same, what is written keeps its order (they must be comparable)
 
 	limit time.Duration // the guest gives up after it, if not 0
 }

@@ -101,7 +101,7 @@ func runMain(m interface{ Run() int }, c Config) (code int, err error) {
 	defer cancel(nil)
 	go orphaned(ctx, cancel)
 	flags := guestFlags()
-	return testBinary(ctx, kind, c, flags, Command{Stdout: os.Stdout, Stderr: os.Stderr})
+	return testBinary(ctx, kind, c, flags, Command{Stdout: os.Stdout, Stderr: os.Stdout}) // as `go test` has them
 }
 
 // orphaned cancels when the parent dies: `go test`, when it is killed, takes nobody with it.
