@@ -65,19 +65,8 @@ func testBinary(ctx context.Context, kind kind, c Config, f testFlags, cmd Comma
 		return 0, err
 	}
 	defer func() { err = errors.Join(err, m.close()) }()
-	if cmd.Path, err = os.Executable(); err != nil {
-		return 0, err
-	}
-	if withRaceDetector && kind != qemu {
-		if cmd.Path, err = withoutRaceDetector(ctx, m.folder.share("guest.test")); err != nil {
-			return 0, err
-		}
-		if err := os.Remove(m.folder.share("init")); err != nil {
-			return 0, err
-		}
-		if err := os.Symlink(cmd.Path, m.folder.share("init")); err != nil {
-			return 0, err
-		}
+	if m.self == m.folder.share("guest.test") {
+		fmt.Fprintln(os.Stderr, "vm: the race detector does not work in User-Mode Linux: these tests run in the guest without it")
 	}
 	for _, dir := range []string{"results", "gocoverdir"} {
 		if err := os.Mkdir(m.folder.share(dir), 0o700); err != nil {
@@ -87,7 +76,7 @@ func testBinary(ctx context.Context, kind kind, c Config, f testFlags, cmd Comma
 	if f.timeout > 0 {
 		cmd.limit = f.timeout + 10*time.Second // the binary itself panics at the timeout, with all stacks
 	}
-	cmd.Args = f.args
+	cmd.Path, cmd.Args = m.self, f.args
 	code, err = m.run(ctx, cmd)
 	for _, b := range f.back {
 		err = errors.Join(err, copyBack(m.folder.share(b.from), b.to))
@@ -118,10 +107,9 @@ func copyBack(from, to string) error {
 
 // withoutRaceDetector builds this test binary again. The working directory is its package's, as `go test` has it.
 func withoutRaceDetector(ctx context.Context, into string) (string, error) {
-	if testing.CoverMode() != "" {
-		return "", errors.New("coverage of a guest's tests cannot be had together with the race detector: leave one out")
+	if !testing.Testing() {
+		return "", errors.New("a program with the race detector does not work in User-Mode Linux: build it without")
 	}
-	fmt.Fprintln(os.Stderr, "vm: the race detector does not work in User-Mode Linux: these tests run in the guest without it")
 	out, err := exec.CommandContext(ctx, "go", "test", "-c", "-vet=off", "-o", into, ".").CombinedOutput()
 	if err != nil {
 		return "", fmt.Errorf("building the tests without the race detector: %w\n%s", err, out)

@@ -77,6 +77,7 @@ func (m *machine) spec(cmd Command) (spec, error) {
 	prefix, line := "/dev/ubd", 0
 	if m.kind == qemu {
 		prefix, line = "/dev/vd", 1 // ttyS0 is the console
+		s.Modules = append(s.Modules, "virtio_blk")
 	}
 	for i := range m.config.Disks {
 		s.Disks = append(s.Disks, prefix+string(rune('a'+i)))

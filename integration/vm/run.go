@@ -62,6 +62,7 @@ type machine struct {
 	memory string // a folder of its own in /dev/shm
 	guard  *peer.Guard
 	kernel kernel
+	self   string   // this binary, as the guest can run it
 	disks  []string // files; the last is the scratch filesystem
 }
 
@@ -113,11 +114,15 @@ func newMachine(ctx context.Context, kind kind, c Config) (m *machine, err error
 			return nil, err
 		}
 	}
-	exe, err := os.Executable()
-	if err != nil {
+	if m.self, err = os.Executable(); err != nil {
 		return nil, err
 	}
-	if err := os.Symlink(exe, m.folder.share("init")); err != nil {
+	if withRaceDetector && kind != qemu {
+		if m.self, err = withoutRaceDetector(ctx, m.folder.share("guest.test")); err != nil {
+			return nil, err
+		}
+	}
+	if err := os.Symlink(m.self, m.folder.share("init")); err != nil {
 		return nil, err
 	}
 	if err := build(ctx, c.Programs, m.folder.share("bin")); err != nil {

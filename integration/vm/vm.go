@@ -97,11 +97,13 @@ func runMain(m interface{ Run() int }, c Config) (code int, err error) {
 		}
 		return m.Run(), nil
 	}
+	if withRaceDetector && kind != qemu && testing.CoverMode() != "" {
+		return 2, errors.New("coverage of a guest's tests cannot be had together with the race detector: leave one out")
+	}
 	ctx, cancel := context.WithCancelCause(context.Background())
 	defer cancel(nil)
 	go orphaned(ctx, cancel)
-	flags := guestFlags()
-	return testBinary(ctx, kind, c, flags, Command{Stdout: os.Stdout, Stderr: os.Stdout}) // as `go test` has them
+	return testBinary(ctx, kind, c, guestFlags(), Command{Stdout: os.Stdout, Stderr: os.Stdout}) // as `go test` has them
 }
 
 // orphaned cancels when the parent dies: `go test`, when it is killed, takes nobody with it.
