@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -160,15 +161,18 @@ func (m *machine) bootQEMU(ctx context.Context) (boot *exec.Cmd, stop func() err
 			"root=root", "rootfstype=virtiofs", "ro", "init=" + m.folder.share("init"), envShare + "=virtiofs:share"}, " ")}
 	for tag, from := range map[string]string{"root": "/", "share": m.folder.share()} {
 		socket := filepath.Join(string(m.folder), tag+".sock")
-		v := exec.CommandContext(ctx, "/usr/lib/qemu/virtiofsd", "--socket-path="+socket, "-o", "source="+from, "-o", "sandbox=chroot", "-o", "cache=auto")
-		v.SysProcAttr = isolated()
-		if err := v.Start(); err != nil {
+		listener, err := listen(socket) // if it listened itself it would leave a file in /run
+		if err != nil {
+			return nil, nil, err
+		}
+		v := exec.CommandContext(ctx, "/usr/lib/qemu/virtiofsd", "--fd=3", "-o", "source="+from, "-o", "sandbox=chroot", "-o", "cache=auto")
+		v.SysProcAttr, v.ExtraFiles = isolated(), []*os.File{listener}
+		err = v.Start()
+		listener.Close()
+		if err != nil {
 			return nil, nil, fmt.Errorf("%w; qemu-system-x86 of Debian 12 has it", err)
 		}
 		servers = append(servers, v)
-		if err := appears(ctx, socket); err != nil {
-			return nil, nil, err
-		}
 		args = append(args, "-chardev", "socket,id="+tag+",path="+socket, "-device", "vhost-user-fs-pci,chardev="+tag+",tag="+tag)
 	}
 	for _, path := range m.disks {
@@ -179,17 +183,13 @@ func (m *machine) bootQEMU(ctx context.Context) (boot *exec.Cmd, stop func() err
 	return boot, stop, nil
 }
 
-// appears waits for a file.
-func appears(ctx context.Context, path string) error {
-	for range 500 {
-		if _, err := os.Stat(path); err == nil {
-			return nil
-		}
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(20 * time.Millisecond):
-		}
+// listen is a Unix socket that listens, as a descriptor to hand down.
+func listen(path string) (*os.File, error) {
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		return nil, err
 	}
-	return errors.New(path + " did not appear in 10 s")
+	l.SetUnlinkOnClose(false)
+	f, err := l.File()
+	return f, errors.Join(err, l.Close())
 }
