@@ -14,9 +14,13 @@ FILESYSTEMS := mkfs.xfs=xfsprogs mkfs.btrfs=btrfs-progs mkfs.ext4=e2fsprogs mkfs
 THIN        := thin_check=thin-provisioning-tools
 PEERS       := restic=restic borg=borgbackup
 CEPH        := ceph-mon=ceph-mon ceph-mgr=ceph-mgr ceph-osd=ceph-osd radosgw=radosgw ceph=ceph-common
+GUEST       := linux.uml=user-mode-linux lvcreate=lvm2 dmsetup=dmsetup thin_delta=thin-provisioning-tools modprobe=kmod patchelf=patchelf
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 VERSION     := $(shell git describe --always --dirty 2>/dev/null || echo development)
 LDFLAGS     := -s -w -X main.version=$(VERSION)
+
+# Packages whose tests run in a guest (package integration/vm), and once more with its newer kernel.
+IN_GUESTS   := ./integration/vm
 
 # With the race detector; not within scrypt, which has no goroutines and turns every passphrase into a key eight times as
 # slowly under it.
@@ -43,8 +47,10 @@ lint:
 	go run $(STATICCHECK) ./...
 
 test: lint versitygw
-	@./packages.sh $(FILESYSTEMS) $(CEPH) $(THIN)
+	@./packages.sh $(FILESYSTEMS) $(CEPH) $(THIN) $(GUEST)
+	@go run ./integration/vm/fetch uml-newer
 	go test $(RACE) -timeout 40m ./...
+	STILLPOINT_VM=uml-newer go test $(RACE) -timeout 40m $(IN_GUESTS)
 
 soak:
 	@./packages.sh $(COMPILER) $(FILESYSTEMS)
