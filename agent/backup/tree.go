@@ -226,7 +226,7 @@ func (g *grower) entry(ctx context.Context, in *unfinished, path string, e adapt
 		}
 		return g.directory(ctx, in, path, e, was, part)
 	case adapters.RegularFile:
-		return g.file(ctx, path, e, part)
+		return g.file(ctx, in, path, e, part)
 	}
 	return g.w.WriteText(ctx, e)
 }
@@ -247,12 +247,12 @@ func (g *grower) takeOver(path string, done repository.TreeEntry) repository.Tre
 }
 
 // file reads a file unless an interrupted run had, or waits for who reads it under another name.
-func (g *grower) file(ctx context.Context, path string, e adapters.Entry, part *repository.PartEntry) (repository.TreeEntry, error) {
+func (g *grower) file(ctx context.Context, in *unfinished, path string, e adapters.Entry, part *repository.PartEntry) (repository.TreeEntry, error) {
 	read := func() (repository.TreeEntry, error) {
 		if isDone(part, e) {
 			return g.takeOver(path, part.TreeEntry), nil
 		}
-		return g.readFile(ctx, path, e)
+		return g.readFile(ctx, in, path, e, part)
 	}
 	if e.Link == 0 {
 		return read()

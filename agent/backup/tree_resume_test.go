@@ -54,6 +54,37 @@ func (f countedFile) ReadAt(ctx context.Context, p []byte, off int64) (int, erro
 	return n, err
 }
 
+// So does one in the middle of a large file.
+func TestTreeResumeLarge(t *testing.T) {
+	t.Parallel()
+	const size = 4*repository.SegmentSize + 12345
+	text := make([]byte, size)
+	for at := 0; at < len(text)-100; at += 64 << 10 {
+		copy(text[at:], fmt.Append(nil, at))
+	}
+	g := newGrove(t)
+	g.apply(func(m *adaptertest.TreeModel) error { return m.Write("large", text, 0, rand.New(rand.NewPCG(1, 1))) })
+	id, want := g.cutTree()
+	read := new(atomic.Int64)
+	ctx, cancel := context.WithCancel(t.Context())
+	q := Request{
+		Adapter:  countedTrees{g.adapter, read, size / 2, func() error { cancel(); return nil }},
+		Snapshot: id, Repository: g.repo, Budget: Budget{Workers: 2}, Pace: Pace{Time: time.Hour},
+	}
+	if _, err := Run(ctx, q); !errors.Is(err, context.Canceled) {
+		t.Fatal(err)
+	}
+	q.Adapter = countedTrees{g.adapter, read, 0, nil}
+	report, err := Run(t.Context(), q)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mustHold(t, g.repo, report.Backup, want)
+	if report.BytesResumed < size/2-repository.SegmentSize || report.BytesResumed%repository.SegmentSize != 0 || read.Load() > size+2*repository.SegmentSize {
+		t.Errorf("%+v, %d bytes read of %d", report, read.Load(), int64(size))
+	}
+}
+
 // A backup of a tree that is interrupted, by its user or by the storage, continues: what it had read is neither read nor
 // stored again. So it is with a full one and an incremental, in deep and wide directories, and with files of several names.
 func TestTreeResume(t *testing.T) {

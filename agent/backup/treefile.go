@@ -12,8 +12,8 @@ import (
 )
 
 // readFile stores a file's bytes: as one content if they are no more than a chunk, and otherwise as a disk image is stored,
-// chunk by chunk in parallel. Chunks in holes are not read.
-func (g *grower) readFile(ctx context.Context, path string, e adapters.Entry) (made repository.TreeEntry, err error) {
+// chunk by chunk in parallel, from where an interrupted run had come to. Chunks in holes are not read.
+func (g *grower) readFile(ctx context.Context, in *unfinished, path string, e adapters.Entry, part *repository.PartEntry) (made repository.TreeEntry, err error) {
 	g.progress.Total.Add(e.Size)
 	f, err := g.source.OpenFile(ctx, path)
 	if err != nil {
@@ -31,7 +31,7 @@ func (g *grower) readFile(ctx context.Context, path string, e adapters.Entry) (m
 		}
 		return c.Holding(e), err
 	}
-	image, err := g.readLarge(ctx, f)
+	image, err := g.readLarge(ctx, in, e, f, part)
 	if err == nil {
 		g.written.offer(path)
 	}
@@ -68,18 +68,32 @@ func (g *grower) readChunk(ctx context.Context, f adapters.File, off, length int
 }
 
 // readLarge stores a file of more than a chunk, segment by segment.
-func (g *grower) readLarge(ctx context.Context, f adapters.File) (repository.ImageID, error) {
+func (g *grower) readLarge(ctx context.Context, in *unfinished, self adapters.Entry, f adapters.File, part *repository.PartEntry) (repository.ImageID, error) {
 	size := f.Size()
 	x := g.w.NewIndex(size)
-	s := &largeSegment{g: g, f: f, length: min(repository.SegmentSize, size)}
+	if err := g.resumeLarge(ctx, x, part); err != nil {
+		return repository.ImageID{}, err
+	}
+	start := x.Part().Size
+	if start == size {
+		return x.Finish(ctx)
+	}
+	s := &largeSegment{g: g, f: f, start: start, length: min(repository.SegmentSize, size-start)}
 	add := func() error {
 		made, err := s.finish(ctx)
 		if err == nil {
 			err = x.Add(made)
 		}
+		if err == nil {
+			g.sofar.grow(in, self, x.Part())
+			err = g.step()
+		}
 		return err
 	}
 	for e, err := range cbt.Align(cbt.Check(f.Extents(ctx), 0, size), g.chunk, size) {
+		if done := min(start-e.Offset, e.Length); done > 0 {
+			e.Offset, e.Length = e.Offset+done, e.Length-done
+		}
 		for err == nil && e.Length > 0 {
 			if e.Offset >= s.start+s.length {
 				if err = add(); err == nil {
@@ -103,6 +117,27 @@ func (g *grower) readLarge(ctx context.Context, f adapters.File) (repository.Ima
 		return repository.ImageID{}, err
 	}
 	return x.Finish(ctx)
+}
+
+// resumeLarge makes what an interrupted run had read of a file the start of its index.
+func (g *grower) resumeLarge(ctx context.Context, x *repository.Index, part *repository.PartEntry) error {
+	if part == nil || !part.Unfinished || part.Type != adapters.RegularFile {
+		return nil
+	}
+	done, err := g.part.OpenStart(ctx, *part)
+	if err != nil {
+		return baseFault(ctx, err)
+	}
+	defer done.Close()
+	for n := range done.Segments() {
+		s, _ := done.Segment(n)
+		if err := x.Add(s); err != nil {
+			return err
+		}
+	}
+	g.resumed.Add(done.Size())
+	g.progress.Done.Add(done.Size())
+	return nil
 }
 
 // largeSegment is a segment of a file that is being stored.

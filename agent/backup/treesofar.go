@@ -2,6 +2,7 @@ package backup
 
 import (
 	"cmp"
+	"maps"
 	"slices"
 	"sync"
 
@@ -26,6 +27,7 @@ type unfinished struct {
 	pieces []repository.TreeEntry // in checkpoints
 	fresh  []repository.TreeEntry // finished since the last, in order
 	open   map[string]*unfinished
+	files  map[string]repository.FilePart // large ones that are being read
 }
 
 // begin notes that a directory is being written, in another one or as the root.
@@ -52,10 +54,23 @@ func (s *sofar) add(u *unfinished, e repository.TreeEntry) {
 		s.held -= len(d.fresh)
 		delete(u.open, e.Name)
 	}
+	if e.Type == adapters.RegularFile {
+		delete(u.files, e.Name)
+	}
 	if s.held < sofarMax {
 		s.held++
 		u.fresh = append(u.fresh, e)
 	}
+}
+
+// grow notes that so much of a large file is done.
+func (s *sofar) grow(u *unfinished, self adapters.Entry, done repository.Part) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if u.files == nil {
+		u.files = map[string]repository.FilePart{}
+	}
+	u.files[self.Name] = repository.FilePart{Self: self, Done: done}
 }
 
 // part gives what a checkpoint stores.
@@ -80,6 +95,7 @@ func (s *sofar) partOf(u *unfinished) *repository.TreePart {
 	for _, o := range u.open {
 		p.Open = append(p.Open, s.partOf(o))
 	}
+	p.Files = slices.SortedFunc(maps.Values(u.files), func(a, b repository.FilePart) int { return cmp.Compare(a.Self.Name, b.Self.Name) })
 	slices.SortFunc(p.Open, func(a, b *repository.TreePart) int { return cmp.Compare(a.Self.Name, b.Self.Name) })
 	return p
 }

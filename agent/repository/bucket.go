@@ -221,8 +221,8 @@ func (b *bucket) PutBlob(ctx context.Context, id blob.ID, data blob.Bytes, o blo
 		put.Mode, put.RetainUntilDate = minio.RetentionMode(o.RetentionMode), time.Now().Add(o.RetentionPeriod).UTC()
 	}
 	err = b.again(ctx, "writing "+string(id), func(ctx context.Context) error {
-		in := data.Reader()
-		defer in.Close()
+		in := &body{from: data.Reader()}
+		defer in.end()
 		_, err := b.core.PutObject(ctx, b.at.Bucket, b.key(id), in, int64(data.Length()), "", hex.EncodeToString(sum), put)
 		return err
 	})
@@ -232,6 +232,30 @@ func (b *bucket) PutBlob(ctx context.Context, id blob.ID, data blob.Bytes, o blo
 		*o.GetModTime = m.Timestamp
 	}
 	return err
+}
+
+// body is what a request sends. A request that failed may go on reading in the background for a while, when the data has
+// long gone to the next: from the end on there is nothing to read.
+type body struct {
+	mu   sync.Mutex
+	from io.ReadCloser // nil: ended
+}
+
+func (r *body) Read(p []byte) (int, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.from == nil {
+		return 0, io.ErrClosedPipe
+	}
+	return r.from.Read(p)
+}
+
+// end waits for a Read that is under way.
+func (r *body) end() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.from.Close()
+	r.from = nil
 }
 
 // upload says how data is uploaded: with its SHA-256, which signs it and which the store checks and keeps. A store with

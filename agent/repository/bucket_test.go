@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"os"
@@ -515,4 +516,29 @@ func TestLongListing(t *testing.T) {
 	if hit := p.Heal(); hit != 2 {
 		t.Errorf("%d faults", hit)
 	}
+}
+
+// What a request goes on reading after it failed is not the data of the next: kopia gives its memory to somebody else.
+func TestBodyEnds(t *testing.T) {
+	text := strings.Repeat("x", 1<<20)
+	in := &body{from: io.NopCloser(strings.NewReader(text))}
+	var readers sync.WaitGroup
+	for range 4 {
+		readers.Go(func() {
+			p := make([]byte, 64)
+			for {
+				if n, err := in.Read(p); err != nil {
+					if n != 0 {
+						t.Errorf("%d bytes with %v", n, err)
+					}
+					return
+				}
+			}
+		})
+	}
+	in.end()
+	if n, err := in.Read(make([]byte, 64)); n != 0 || !errors.Is(err, io.ErrClosedPipe) {
+		t.Errorf("%d bytes after the end, %v", n, err)
+	}
+	readers.Wait()
 }

@@ -12,17 +12,24 @@ import (
 )
 
 // TreePart is a directory of a tree that is being written, as far as it came: entries that are finished, in the tree's
-// order, and after them directories that are not. A checkpoint stores it as a directory of numbered ones, each with a run
-// of the finished entries, and one for those that are not finished. So a checkpoint writes only what came since the last.
+// order, and after them directories and large files that are not. A checkpoint stores it as a directory of numbered ones, each with a run
+// of the finished entries, and one for what is not finished. So a checkpoint writes only what came since the last.
 type TreePart struct {
 	Self   adapters.Entry  // the directory itself
 	Pieces []TreeEntry     // runs that earlier checkpoints stored
 	Fresh  []TreeEntry     // what was finished since
 	Open   []*TreePart     // directories in it that are being written
+	Files  []FilePart      // large files in it that are being read
 	Stored func(TreeEntry) // is told of the run that Fresh became, unless it is empty
 }
 
-// openName is the name of the directory of unfinished ones. It comes after all numbers.
+// FilePart is the start of a large file.
+type FilePart struct {
+	Self adapters.Entry
+	Done Part
+}
+
+// openName is the name of the directory of what is unfinished. It comes after all numbers.
 const openName = "open"
 
 // empty says that there is nothing in it that would be missed.
@@ -32,7 +39,7 @@ func (p *TreePart) empty() bool {
 			return false
 		}
 	}
-	return len(p.Pieces)+len(p.Fresh) == 0
+	return len(p.Pieces)+len(p.Fresh)+len(p.Files) == 0
 }
 
 // store writes the part in a session.
@@ -73,6 +80,16 @@ func (p *TreePart) store(ctx context.Context, w *Writer, s *session) (TreeEntry,
 					return err
 				}
 			}
+			for _, f := range p.Files {
+				image, err := f.Done.store(ctx, w.r, s)
+				if err == nil {
+					f.Self.Size = f.Done.Size
+					err = add(image.Holding(f.Self))
+				}
+				if err != nil {
+					return err
+				}
+			}
 			return nil
 		})
 		if err != nil {
@@ -107,7 +124,7 @@ func (r *Repository) OpenTreePart(c Checkpoint) *UnfinishedTree {
 func (t *UnfinishedTree) Root() PartEntry { return PartEntry{t.root, true} }
 
 // Part lists what an unfinished directory has, in the tree's order. Entries that are finished are as they are in the
-// backup; of the others only the name is known.
+// backup; of other directories only the name is known, and a file has the size that is done.
 func (t *UnfinishedTree) Part(ctx context.Context, dir PartEntry) iter.Seq2[PartEntry, error] {
 	return func(yield func(PartEntry, error) bool) {
 		for piece, err := range t.Below(ctx, dir.TreeEntry) {
@@ -127,5 +144,10 @@ func (t *UnfinishedTree) Part(ctx context.Context, dir PartEntry) iter.Seq2[Part
 // PartEntry is an entry of an unfinished tree.
 type PartEntry struct {
 	TreeEntry
-	Unfinished bool // a directory, to be listed by Part
+	Unfinished bool // a directory, to be listed by Part, or a file, to be opened by OpenStart
+}
+
+// OpenStart opens what there is of an unfinished file: whole segments, or all of it.
+func (t *UnfinishedTree) OpenStart(ctx context.Context, e PartEntry) (*Image, error) {
+	return t.r.openImage(ctx, t.contents, Backup{Image: ImageID{e.object}, Size: e.Size})
 }
