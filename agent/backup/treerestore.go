@@ -191,8 +191,13 @@ func (p *planter) directory(ctx context.Context, from, to string, self adapters.
 			break
 		}
 		a, b := join(from, e.Name), join(to, e.Name)
+		job := func() error { return p.entry(ctx, a, b, e) }
+		if e.Link != 0 { // in this order, so that a repetition makes the same name first, and finds what was left there
+			file, another, err := p.make(ctx, b, e)
+			job = func() error { return p.finish(ctx, a, b, e, file, another, err) }
+		}
 		jobs.do(p.spare, func() error {
-			err := p.entry(ctx, a, b, e)
+			err := job()
 			if err != nil {
 				cancel()
 			}
@@ -220,8 +225,13 @@ func (p *planter) entry(ctx context.Context, from, to string, e adapters.Entry) 
 		}
 		return p.directory(ctx, from, to, e)
 	}
-	p.entries.Add(1)
 	file, another, err := p.make(ctx, to, e)
+	return p.finish(ctx, from, to, e, file, another, err)
+}
+
+// finish fills and describes what make made.
+func (p *planter) finish(ctx context.Context, from, to string, e adapters.Entry, file adapters.FileTarget, another bool, err error) error {
+	p.entries.Add(1)
 	if err != nil || another {
 		return err
 	}
