@@ -125,6 +125,18 @@ type fileTarget struct {
 	FileTarget
 }
 
+func (f fileTarget) ReadAt(ctx context.Context, p []byte, off int64) error {
+	return f.layer.Around(ctx, Call{"ReadAt", off, int64(len(p))}, func(ctx context.Context, c Call) error {
+		return f.FileTarget.ReadAt(ctx, p[:c.Length], off)
+	})
+}
+
+func (f fileTarget) Zero(ctx context.Context, off, length int64) error {
+	return f.layer.Around(ctx, Call{"Zero", off, length}, func(ctx context.Context, c Call) error {
+		return f.FileTarget.Zero(ctx, off, c.Length)
+	})
+}
+
 func (f fileTarget) WriteAt(ctx context.Context, p []byte, off int64) error {
 	return f.layer.Around(ctx, Call{"WriteAt", off, int64(len(p))}, func(ctx context.Context, c Call) error {
 		return f.FileTarget.WriteAt(ctx, p[:c.Length], off)

@@ -109,8 +109,8 @@ type Attribute struct {
 // different things: what is read is fixed and open to many, what is written is nobody's until it is committed.
 type TreeRestorer interface {
 	// BeginTree makes the target of a restore: an empty tree that nobody finds by its id until Commit. A volume that exists
-	// is Busy, and so is a target of the same id that another process has open; what a dead process left of one is removed.
-	// No token is Invalid.
+	// is Busy, and so is a target of the same id that another process has open; what a dead process left of one is in the
+	// way of nothing, goes with Commit and Abort, and its regular files are taken over by Create. No token is Invalid.
 	BeginTree(ctx context.Context, spec TreeSpec) (TreeTarget, error)
 }
 
@@ -126,7 +126,9 @@ type TreeSpec struct {
 // the tree. It is safe in parallel on different paths.
 type TreeTarget interface {
 	Mkdir(ctx context.Context, path string) error
-	// Create makes a regular file of size bytes that reads as zeros.
+	// Create makes a regular file of size bytes that reads as zeros, and is Fresh. Where a dead process, or one that closed
+	// the target, left a regular file of this path and size, the file has the bytes of that one instead, and nothing else
+	// of it, and is not Fresh. What is left is used once.
 	Create(ctx context.Context, path string, size int64) (FileTarget, error)
 	Symlink(ctx context.Context, path, target string) error
 	// Special makes a pipe, a socket or a device.
@@ -138,15 +140,21 @@ type TreeTarget interface {
 	Describe(ctx context.Context, path string, e Entry) error
 	// Commit makes everything durable and the volume visible. The target is closed afterwards, also on an error.
 	Commit(ctx context.Context) (Volume, error)
-	// Abort removes the target. Close leaves what was made to be removed by a later BeginTree. Each closes the target; on
+	// Abort removes the target. Close leaves what was made to a later BeginTree. Each closes the target; on
 	// a closed one they do nothing.
 	Abort(ctx context.Context) error
 	Close() error
 }
 
-// FileTarget is a file being filled. WriteAt takes any range within its size (Invalid beyond), and is safe in parallel on
-// ranges that do not overlap.
+// FileTarget is a file being filled. WriteAt, ReadAt and Zero take any range within its size (Invalid beyond), and are safe
+// in parallel on ranges that do not overlap.
 type FileTarget interface {
 	WriteAt(ctx context.Context, p []byte, off int64) error
+	// ReadAt fills p with what the file holds now.
+	ReadAt(ctx context.Context, p []byte, off int64) error
+	// Zero makes the range read as zeros, and a hole where the filesystem has holes.
+	Zero(ctx context.Context, off, length int64) error
+	// Fresh says that the file reads as zeros where nothing was written since Create.
+	Fresh() bool
 	Close() error
 }

@@ -50,6 +50,7 @@ var lies = map[string]struct {
 	"by-name-only":    {bentTree(func(t adapters.Tree) adapters.Tree { return byName{t} }), "a tree is the volume at its instant, and unchanged is only what is"},
 	"follows-links":   {bentTree(func(t adapters.Tree) adapters.Tree { return followsLinks{t} }), "what is not in the tree is not found in it"},
 	"early-tree":      {func(a *mem.Adapter, _ *mem.Store) adapters.Adapter { return earlyTree{a} }, "a target is not a volume until Commit"},
+	"stale-tree":      {func(a *mem.Adapter, _ *mem.Store) adapters.Adapter { return staleTree{a} }, "Create takes over the bytes of a file that was left"},
 	"gone-if-unreach": {func(a *mem.Adapter, _ *mem.Store) adapters.Adapter { return deletesAll{a} }, "what is out of reach is Unavailable"},
 }
 

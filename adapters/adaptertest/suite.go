@@ -116,6 +116,7 @@ func Run(t *testing.T, h Harness) {
 		{"Tree", []string{"tree"}, (*suite).tree},
 		{"Tree/Errors", []string{"tree"}, (*suite).treeErrors},
 		{"Tree/Restore", []string{"tree", "restore-tree"}, (*suite).replant},
+		{"Tree/Resume", []string{"tree", "restore-tree"}, (*suite).regrow},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			for _, ability := range c.needs {

@@ -1,9 +1,11 @@
 package adaptertest
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"testing"
 
@@ -197,6 +199,103 @@ func (s *suite) replant(t *testing.T) {
 	refuse(t, "an aborted restore leaves nothing", err, fault.NotFound)
 	_, err = restorer.BeginTree(t.Context(), adapters.TreeSpec{ID: spec.ID})
 	refuse(t, "a restore has a token", err, fault.Invalid)
+}
+
+// regrow makes a tree in several goes: bytes of files are taken over from one to the next, and nothing else is.
+func (s *suite) regrow(t *testing.T) {
+	a := s.open(t)
+	restorer, _ := adapters.As[adapters.TreeRestorer](a)
+	spec := adapters.TreeSpec{ID: s.AbsentTree(t), Token: "regrow"}
+	begin := func() adapters.TreeTarget {
+		target, err := restorer.BeginTree(t.Context(), spec)
+		succeed(t, "BeginTree makes a target", err)
+		t.Cleanup(func() { target.Abort(context.Background()) })
+		succeed(t, "what was left is in the way of nothing", target.Mkdir(t.Context(), "d"))
+		return target
+	}
+	const size = 3*4096 + 5
+	old, other := bytes.Repeat([]byte("old"), size)[:size], bytes.Repeat([]byte("other"), size)[:size]
+	fill := func(f adapters.FileTarget, p []byte) {
+		succeed(t, "what is not there can be made", errors.Join(f.WriteAt(t.Context(), p, 0), f.Close()))
+	}
+	create := func(target adapters.TreeTarget, path string, size int64, holds []byte) adapters.FileTarget {
+		t.Helper()
+		f, err := target.Create(t.Context(), path, size)
+		succeed(t, "what was left is in the way of nothing", err)
+		const promise = "Create takes over the bytes of a file that was left at the same path with the same size, and no others"
+		if f.Fresh() != (holds == nil) {
+			broken(t, promise, "%s: Fresh is %v", path, f.Fresh())
+		}
+		if holds == nil {
+			holds = make([]byte, size)
+		}
+		got := make([]byte, size)
+		succeed(t, "ReadAt reads what a file holds", f.ReadAt(t.Context(), got, 0))
+		if !bytes.Equal(got, holds) {
+			broken(t, promise, "%s: it holds other bytes", path)
+		}
+		return f
+	}
+
+	target := begin()
+	fill(create(target, "d/f", size, nil), old)
+	fill(create(target, "d/g", size, nil), old)
+	fill(create(target, "file", size, nil), old)
+	succeed(t, "what is not there can be made", target.Link(t.Context(), "d/f", "d/h"))
+	succeed(t, "what is not there can be made", target.Symlink(t.Context(), "link", "d"))
+	succeed(t, "a target closes", target.Close())
+
+	target = begin()
+	f := create(target, "d/f", size, old)
+	for what, err := range map[string]error{
+		"ReadAt": f.ReadAt(t.Context(), make([]byte, 6), size-5), "WriteAt": f.WriteAt(t.Context(), make([]byte, 6), size-5),
+		"Zero": f.Zero(t.Context(), size-5, 6), "Zero from before the start": f.Zero(t.Context(), -1, 2),
+	} {
+		refuse(t, "nothing reaches beyond a file's end: "+what, err, fault.Invalid)
+	}
+	succeed(t, "Zero makes a range read as zeros", errors.Join(f.Zero(t.Context(), 4096, 4096), f.Zero(t.Context(), size-7, 7)))
+	clear(old[4096:8192])
+	clear(old[size-7:])
+	got := make([]byte, size)
+	succeed(t, "ReadAt reads what a file holds", errors.Join(f.ReadAt(t.Context(), got, 0), f.Close()))
+	if !bytes.Equal(got, old) {
+		broken(t, "Zero makes a range read as zeros", "and no other one")
+	}
+	h, err := target.Create(t.Context(), "d/h", size) // it was the same file as d/f
+	succeed(t, "what was left is in the way of nothing", err)
+	fill(h, other)
+	create(target, "d/g", size+1, nil).Close()
+	succeed(t, "what was left is in the way of nothing", target.Mkdir(t.Context(), "file"))
+	succeed(t, "what was left is in the way of nothing", target.Symlink(t.Context(), "link", "elsewhere"))
+	succeed(t, "a target closes", target.Close())
+	succeed(t, "a target closes", begin().Close())
+
+	target = begin()
+	create(target, "d/f", size, old).Close()
+	create(target, "d/h", size, other).Close()
+	create(target, "link", size, nil).Close()
+	_, err = target.Commit(t.Context())
+	succeed(t, "Commit makes the volume visible", err)
+	snap := s.snap(t, a, spec.ID, "regrown")
+	tree := s.openTree(t, a, snap.ID, nil)
+	for path, want := range map[string][]string{"": {"d", "link"}, "d": {"f", "h"}} {
+		var names []string
+		for e, err := range tree.Entries(t.Context(), path) {
+			succeed(t, "a tree is listed", err)
+			if names = append(names, e.Name); e.Link != 0 {
+				broken(t, "nothing but bytes is taken over", "%s has several names", e.Name)
+			}
+		}
+		if !slices.Equal(names, want) {
+			broken(t, "what was left goes with Commit", "%q holds %q", path, names)
+		}
+	}
+
+	spec.ID = s.AbsentTree(t)
+	target = begin()
+	fill(create(target, "d/f", size, nil), old)
+	succeed(t, "Abort removes a target", target.Abort(t.Context()))
+	create(begin(), "d/f", size, nil).Close()
 }
 
 // plantIn makes the model's tree in a target.

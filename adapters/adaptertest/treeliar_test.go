@@ -187,3 +187,22 @@ func (t visible) Symlink(ctx context.Context, path, target string) error {
 	}
 	return t.TreeTarget.Symlink(ctx, path, target)
 }
+
+// staleTree makes trees whose files are all fresh, whatever they hold.
+type staleTree struct{ *mem.Adapter }
+
+func (a staleTree) BeginTree(ctx context.Context, spec adapters.TreeSpec) (adapters.TreeTarget, error) {
+	t, err := a.Adapter.BeginTree(ctx, spec)
+	return stale{t}, err
+}
+
+type stale struct{ adapters.TreeTarget }
+
+func (t stale) Create(ctx context.Context, path string, size int64) (adapters.FileTarget, error) {
+	f, err := t.TreeTarget.Create(ctx, path, size)
+	return freshFile{f}, err
+}
+
+type freshFile struct{ adapters.FileTarget }
+
+func (freshFile) Fresh() bool { return true }

@@ -41,9 +41,10 @@ type Store struct {
 	volumes   map[string]*Volume // by canonical id
 	targets   map[key]*target    // by volume and token: volumes being restored
 	snapshots map[key]*snapshot
-	stages    map[key]tree    // by volume and wanted name
-	planting  map[string]bool // ids of trees being restored
-	away      map[string]bool // localities out of reach
+	stages    map[key]tree     // by volume and wanted name
+	planting  map[string]bool  // ids of trees being restored
+	planted   map[string]grove // by id, what was left of such a tree
+	away      map[string]bool  // localities out of reach
 }
 
 // key is a volume's canonical id, and a name that means something there.

@@ -184,7 +184,7 @@ func (a *Adapter) BeginTree(ctx context.Context, spec adapters.TreeSpec) (adapte
 	}
 	set(&a.store.planting, id, true)
 	a.targets.Add(1)
-	return &treeTarget{adapter: a, id: id, files: newGrove()}, nil
+	return &treeTarget{adapter: a, id: id, files: newGrove(), left: maps.Clone(a.store.planted[id])}, nil
 }
 
 // treeTarget is a tree being made.
@@ -194,6 +194,7 @@ type treeTarget struct {
 
 	mu     sync.Mutex
 	files  grove
+	left   grove // by an earlier target, and not taken over
 	closed bool
 }
 
@@ -233,29 +234,55 @@ func (t *treeTarget) Describe(ctx context.Context, path string, e adapters.Entry
 }
 
 func (t *treeTarget) Create(ctx context.Context, path string, size int64) (adapters.FileTarget, error) {
+	fresh := true
 	err := t.change(ctx, func(g grove) error {
 		if err := g.plant(path, adapters.Entry{Type: adapters.RegularFile}); err != nil {
 			return err
+		}
+		if f := t.left[path]; f != nil && f.entry.Type == adapters.RegularFile && int64(len(f.data)) == size && size > 0 {
+			fresh = false
+			delete(t.left, path)
+			return g.write(path, f.data, 0)
 		}
 		return g.truncate(path, size)
 	})
 	if err != nil {
 		return nil, err
 	}
-	return &fileTarget{t, path, size}, nil
+	return &fileTarget{t, path, size, fresh}, nil
 }
 
 type fileTarget struct {
 	t    *treeTarget
 	path string
 	size int64
+
+	fresh bool
 }
 
 func (f *fileTarget) WriteAt(ctx context.Context, p []byte, off int64) error {
-	if off < 0 || off+int64(len(p)) > f.size {
-		return fault.Errorf(fault.Invalid, "path %q: %d bytes at %d are not within its %d", f.path, len(p), off, f.size)
+	return f.change(ctx, off, int64(len(p)), func(g grove) error { return g.write(f.path, p, off) })
+}
+
+func (f *fileTarget) ReadAt(ctx context.Context, p []byte, off int64) error {
+	return f.change(ctx, off, int64(len(p)), func(g grove) error {
+		copy(p, g[f.path].data[off:])
+		return nil
+	})
+}
+
+func (f *fileTarget) Zero(ctx context.Context, off, length int64) error {
+	return f.change(ctx, off, length, func(g grove) error { return g.write(f.path, make([]byte, length), off) })
+}
+
+func (f *fileTarget) Fresh() bool { return f.fresh }
+
+// change runs a change, or a look, at a range that is within the file.
+func (f *fileTarget) change(ctx context.Context, off, length int64, do func(grove) error) error {
+	if off < 0 || length < 0 || off > f.size-length {
+		return fault.Errorf(fault.Invalid, "path %q: %d bytes at %d are not within its %d", f.path, length, off, f.size)
 	}
-	return f.t.change(ctx, func(g grove) error { return g.write(f.path, p, off) })
+	return f.t.change(ctx, do)
 }
 
 func (f *fileTarget) Close() error { return nil }
@@ -271,16 +298,31 @@ func (t *treeTarget) Commit(ctx context.Context) (adapters.Volume, error) {
 	if t.adapter.store.volumes[t.id] != nil {
 		return adapters.Volume{}, fault.Errorf(fault.Busy, "volume %s: somebody else made it meanwhile", t.id)
 	}
+	delete(t.adapter.store.planted, t.id)
 	v := &Volume{id: t.id, epoch: 1, files: maps.Clone(t.files)}
 	set(&t.adapter.store.volumes, t.id, v)
 	return t.adapter.live(v), nil
 }
 
-func (t *treeTarget) Abort(context.Context) error { return t.Close() }
+func (t *treeTarget) Abort(context.Context) error {
+	defer t.adapter.store.lock()()
+	if t.shut() {
+		delete(t.adapter.store.planted, t.id)
+	}
+	return nil
+}
 
 func (t *treeTarget) Close() error {
 	defer t.adapter.store.lock()()
-	t.shut()
+	if t.shut() {
+		left := maps.Clone(t.files)
+		for path, f := range t.left {
+			if left[path] == nil {
+				left[path] = f
+			}
+		}
+		set(&t.adapter.store.planted, t.id, left)
+	}
 	return nil
 }
 

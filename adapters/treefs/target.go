@@ -41,18 +41,20 @@ func removeAll(parent *os.File, name string) error {
 	return root.RemoveAll(name)
 }
 
-// Target is a tree being made: most of an adapters.TreeTarget. Its root has a temporary name, and is locked (flock), until
-// Finish.
+// Target is a tree being made: most of an adapters.TreeTarget. Its root has a temporary name, and is locked (flock) and
+// closed to everybody else, until Finish.
 type Target struct {
 	at   Place
 	root *os.File
+	left *leftover
+	self *adapters.Entry // describes the root, at last
 
 	mu     sync.RWMutex // held for reading by all that make something, so that closing waits for them
 	closed bool
 }
 
 // Begin makes the root. If there is something of the name, or somebody makes the same tree at this moment, the error is
-// Busy; what a dead process left is removed.
+// Busy; of what a dead process left, Create takes over what it can, and Finish removes the rest.
 func Begin(at Place) (*Target, error) {
 	t := &Target{at: at}
 	if err := t.begin(); err != nil {
@@ -86,13 +88,21 @@ func (t *Target) begin() error {
 			root.Close()
 			return fault.Errorf(fault.Busy, "this restore is under way in another process, or elsewhere in this one")
 		}
-		if made && t.isAt(root) {
+		if !t.isAt(root) {
+			root.Close()
+			continue
+		}
+		if made {
 			t.root = root
-			return nil
+			return root.Chmod(0o700)
 		}
-		if !made && t.isAt(root) {
-			err = t.at.Remove(t.at.Parent, t.at.Temporary)
+		if isPrivate(root) {
+			if t.left, err = setAside(root); err == nil {
+				t.root = root
+				return nil
+			}
 		}
+		err = t.at.Remove(t.at.Parent, t.at.Temporary)
 		root.Close()
 		if err != nil {
 			return err
@@ -117,7 +127,15 @@ func (t *Target) Finish(ctx context.Context) error {
 	defer t.release()
 	err := ctx.Err()
 	if err == nil {
+		err = t.left.remove(t.root)
+	}
+	if err == nil {
 		err = unix.Syncfs(int(t.root.Fd()))
+	}
+	if err == nil && t.self != nil { // as late as that: until now, nobody else comes below it
+		if err = describe(t.root, "", *t.self); err == nil {
+			err = t.root.Sync()
+		}
 	}
 	if err == nil {
 		dir := int(t.at.Parent.Fd())
@@ -143,7 +161,7 @@ func (t *Target) Abort(context.Context) error {
 	return failed(t.at.Remove(t.at.Parent, t.at.Temporary), "%s: giving the restore up", t.at.What)
 }
 
-// Close leaves what was made; the next Begin removes it.
+// Close leaves what was made to the next Begin.
 func (t *Target) Close() error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -158,6 +176,7 @@ func (t *Target) release() {
 	if t.root != nil {
 		unix.Flock(int(t.root.Fd()), unix.LOCK_UN) // a child process that is just being started may have a copy
 	}
+	t.left.close()
 	t.root.Close() // nil is fine
 	t.at.Parent.Close()
 }
@@ -243,49 +262,63 @@ func (t *Target) Link(ctx context.Context, old, path string) error {
 	})
 }
 
-// Describe sets owner, mode, attributes and time, in this order: a change of the owner takes set-user-id bits and
-// capabilities away, and an access control list shows in the mode.
+// Describe sets owner, mode, attributes and time. Those of the root are set by Finish.
 func (t *Target) Describe(ctx context.Context, path string, e adapters.Entry) error {
 	return t.in(ctx, path, func(dir *os.File, name string) error {
-		flags := unix.AT_SYMLINK_NOFOLLOW
 		if name == "" {
-			flags |= unix.AT_EMPTY_PATH
+			t.self = &e
+			return nil
 		}
-		if err := unix.Fchownat(int(dir.Fd()), name, int(e.UID), int(e.GID), flags); err != nil {
-			return err
-		}
-		f := dir
-		if name != "" {
-			var err error
-			if f, err = OpenBeneath(dir, name, unix.O_PATH|unix.O_NOFOLLOW); err != nil {
-				return err
-			}
-			defer f.Close()
-		}
-		if e.Type != adapters.Symlink {
-			if err := unix.Chmod(procPath(f, ""), e.Mode&0o7777); err != nil {
-				return err
-			}
-		}
-		if err := setAttributes(procPath(dir, name), name == "", e.Attributes); err != nil {
-			return err
-		}
-		times := []unix.Timespec{{Nsec: unix.UTIME_OMIT}, {Sec: e.Modified.Unix(), Nsec: int64(e.Modified.Nanosecond())}}
-		if name == "" {
-			return unix.UtimesNanoAt(unix.AT_FDCWD, procPath(dir, ""), times, 0)
-		}
-		return unix.UtimesNanoAt(int(dir.Fd()), name, times, unix.AT_SYMLINK_NOFOLLOW)
+		return describe(dir, name, e)
 	})
 }
 
-// Create makes a regular file.
+// describe sets owner, mode, attributes and time of what is in a directory, or without a name of the directory, in this
+// order: a change of the owner takes set-user-id bits and capabilities away, and an access control list shows in the mode.
+func describe(dir *os.File, name string, e adapters.Entry) error {
+	flags := unix.AT_SYMLINK_NOFOLLOW
+	if name == "" {
+		flags |= unix.AT_EMPTY_PATH
+	}
+	if err := unix.Fchownat(int(dir.Fd()), name, int(e.UID), int(e.GID), flags); err != nil {
+		return err
+	}
+	f := dir
+	if name != "" {
+		var err error
+		if f, err = OpenBeneath(dir, name, unix.O_PATH|unix.O_NOFOLLOW); err != nil {
+			return err
+		}
+		defer f.Close()
+	}
+	if e.Type != adapters.Symlink {
+		if err := unix.Chmod(procPath(f, ""), e.Mode&0o7777); err != nil {
+			return err
+		}
+	}
+	if err := setAttributes(procPath(dir, name), name == "", e.Attributes); err != nil {
+		return err
+	}
+	times := []unix.Timespec{{Nsec: unix.UTIME_OMIT}, {Sec: e.Modified.Unix(), Nsec: int64(e.Modified.Nanosecond())}}
+	if name == "" {
+		return unix.UtimesNanoAt(unix.AT_FDCWD, procPath(dir, ""), times, 0)
+	}
+	return unix.UtimesNanoAt(int(dir.Fd()), name, times, unix.AT_SYMLINK_NOFOLLOW)
+}
+
+// Create makes a regular file, or takes over one that a dead process left.
 func (t *Target) Create(ctx context.Context, path string, size int64) (adapters.FileTarget, error) {
 	var f *os.File
+	fresh := true
 	err := t.make(ctx, path, func(dir int, name string) error {
 		if size < 0 {
 			return fault.Errorf(fault.Invalid, "a file of %d bytes", size)
 		}
-		fd, err := unix.Openat(dir, name, unix.O_CREAT|unix.O_EXCL|unix.O_WRONLY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+		if f = t.left.take(path, size, dir); f != nil {
+			fresh = false
+			return nil
+		}
+		fd, err := unix.Openat(dir, name, unix.O_CREAT|unix.O_EXCL|unix.O_RDWR|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
 		if err != nil {
 			return err
 		}
@@ -296,7 +329,7 @@ func (t *Target) Create(ctx context.Context, path string, size int64) (adapters.
 		f.Close() // nil is fine
 		return nil, err
 	}
-	return &newFile{t, path, f, size}, nil
+	return &newFile{t, path, f, size, fresh}, nil
 }
 
 type newFile struct {
@@ -304,21 +337,56 @@ type newFile struct {
 	path string
 	f    *os.File
 	size int64
+
+	fresh bool
 }
 
+func (n *newFile) Fresh() bool { return n.fresh }
+
 func (n *newFile) WriteAt(ctx context.Context, p []byte, off int64) error {
-	if off < 0 || off > n.size-int64(len(p)) {
-		return fault.Errorf(fault.Invalid, "%s: %q: %d bytes at %d are not within the file's %d", n.t.at.What, n.path, len(p), off, n.size)
+	return n.pieces(ctx, "writing", p, off, n.f.WriteAt)
+}
+
+func (n *newFile) ReadAt(ctx context.Context, p []byte, off int64) error {
+	return n.pieces(ctx, "reading", p, off, n.f.ReadAt)
+}
+
+// pieces moves p, looking at the context now and then.
+func (n *newFile) pieces(ctx context.Context, doing string, p []byte, off int64, move func(p []byte, off int64) (int, error)) error {
+	if err := n.within(off, int64(len(p))); err != nil {
+		return err
 	}
 	for len(p) > 0 {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		m, err := n.f.WriteAt(p[:min(len(p), pieceMax)], off)
+		m, err := move(p[:min(len(p), pieceMax)], off)
 		if err != nil {
-			return failed(err, "%s: %q: writing at %d", n.t.at.What, n.path, off)
+			return failed(err, "%s: %q: %s at %d", n.t.at.What, n.path, doing, off)
 		}
 		p, off = p[m:], off+int64(m)
+	}
+	return nil
+}
+
+// Zero makes a hole.
+func (n *newFile) Zero(ctx context.Context, off, length int64) error {
+	err := n.within(off, length)
+	if err == nil {
+		err = ctx.Err()
+	}
+	if err != nil || length == 0 {
+		return err
+	}
+	if off+length == n.size { // the last block, which the file ends in, is one too
+		length += holeUnit
+	}
+	return failed(punch(n.f, off, length), "%s: %q: zeroing %d bytes at %d", n.t.at.What, n.path, length, off)
+}
+
+func (n *newFile) within(off, length int64) error {
+	if off < 0 || length < 0 || off > n.size-length {
+		return fault.Errorf(fault.Invalid, "%s: %q: %d bytes at %d are not within the file's %d", n.t.at.What, n.path, length, off, n.size)
 	}
 	return nil
 }

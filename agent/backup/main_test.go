@@ -18,6 +18,7 @@ var children = map[string]func() error{
 	"repair":  repairChild,
 
 	"kill-tree": killedTreeChild,
+	"plant":     plantingChild,
 	"wide":      wideChild,
 }
 

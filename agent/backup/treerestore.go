@@ -12,6 +12,7 @@ import (
 
 	"stillpoint.io/stillpoint/adapters"
 	"stillpoint.io/stillpoint/adapters/treefs"
+	"stillpoint.io/stillpoint/agent/repository"
 	"stillpoint.io/stillpoint/cbt"
 	"stillpoint.io/stillpoint/fault"
 )
@@ -50,8 +51,10 @@ func (s Source) openTree(ctx context.Context, insist bool) (t adapters.Tree, han
 	return t, s.snapshot.String(), s.snapshot.Full(), err
 }
 
-// restoreTree makes a tree into a new volume or a new directory. Nothing is ever written over, so a restore that was
-// interrupted is begun anew. What Only names becomes the root, if it is a directory, and otherwise what is in it.
+// restoreTree makes a tree into a new volume or a new directory. Everything is made anew also after an interruption, but
+// for the bytes of regular files: what was left of a file at the same path and of the same size is compared with the
+// backup's digests, and what is right stays. What Only names becomes the root, if it is a directory, and otherwise what
+// is in it.
 func restoreTree(ctx context.Context, q RestoreRequest) (report RestoreReport, err error) {
 	if q.Overwrite || q.Size != 0 {
 		return report, fault.Errorf(fault.Invalid, "a tree of files is not written over a volume, and has no size: choose a new volume or directory")
@@ -76,7 +79,7 @@ func restoreTree(ctx context.Context, q RestoreRequest) (report RestoreReport, e
 	if q.GiveUp {
 		return RestoreReport{Source: handle, Volume: q.place()}, to.Abort(ctx)
 	}
-	p := &planter{from: from, to: to, progress: q.Progress, chunk: chunkOf(q.Source), links: map[uint64]string{}}
+	p := &planter{from: from, to: to, digests: q.Source.repository, progress: q.Progress, chunk: chunkOf(q.Source), links: map[uint64]string{}}
 	p.pool = q.Source.pool(q.Budget)
 	defer p.pool.Close()
 	p.spare = make(chan struct{}, p.pool.workers()-1)
@@ -88,14 +91,16 @@ func restoreTree(ctx context.Context, q RestoreRequest) (report RestoreReport, e
 	} else if err = p.entry(ctx, q.Only, e.Name, e); err == nil {
 		err = to.Describe(ctx, "", adapters.Entry{Type: adapters.Directory, Mode: 0o700, Modified: e.Modified, UID: uint32(os.Geteuid()), GID: uint32(os.Getegid())})
 	}
-	if err != nil {
+	if fault.KindOf(err) == fault.Corrupt {
 		return report, errors.Join(err, to.Abort(context.WithoutCancel(ctx)))
+	} else if err != nil {
+		return report, errors.Join(err, to.Close())
 	}
 	v, err := to.Commit(ctx)
 	if err != nil {
 		return report, err
 	}
-	report = RestoreReport{Source: handle, Volume: q.place(), Path: v.Path, Size: p.size.Load(), BytesWritten: p.written.Load(), Entries: p.entries.Load()}
+	report = RestoreReport{Source: handle, Volume: q.place(), Path: v.Path, Size: p.size.Load(), BytesWritten: p.written.Load(), BytesFound: p.found.Load(), Entries: p.entries.Load()}
 	if q.Directory == "" {
 		report.Volume = v.ID.String()
 	}
@@ -163,6 +168,7 @@ func (t directoryTarget) Commit(ctx context.Context) (adapters.Volume, error) {
 type planter struct {
 	from     adapters.Tree
 	to       adapters.TreeTarget
+	digests  *repository.Repository // nil: of a snapshot there are none
 	progress *Progress
 	pool     *Pool
 	spare    chan struct{} // of goroutines that may be started
@@ -171,7 +177,7 @@ type planter struct {
 	mu    sync.Mutex
 	links map[uint64]string // where a file of several names was made
 
-	entries, written, size atomic.Int64
+	entries, written, found, size atomic.Int64
 }
 
 // directory makes what is in a directory, and describes it at last: to make something in it changes its time.
@@ -185,8 +191,13 @@ func (p *planter) directory(ctx context.Context, from, to string, self adapters.
 			break
 		}
 		a, b := join(from, e.Name), join(to, e.Name)
+		job := func() error { return p.entry(ctx, a, b, e) }
+		if e.Link != 0 { // in this order, so that a repetition makes the same name first, and finds what was left there
+			file, another, err := p.make(ctx, b, e)
+			job = func() error { return p.finish(ctx, a, b, e, file, another, err) }
+		}
 		jobs.do(p.spare, func() error {
-			err := p.entry(ctx, a, b, e)
+			err := job()
 			if err != nil {
 				cancel()
 			}
@@ -214,8 +225,13 @@ func (p *planter) entry(ctx context.Context, from, to string, e adapters.Entry) 
 		}
 		return p.directory(ctx, from, to, e)
 	}
-	p.entries.Add(1)
 	file, another, err := p.make(ctx, to, e)
+	return p.finish(ctx, from, to, e, file, another, err)
+}
+
+// finish fills and describes what make made.
+func (p *planter) finish(ctx context.Context, from, to string, e adapters.Entry, file adapters.FileTarget, another bool, err error) error {
+	p.entries.Add(1)
 	if err != nil || another {
 		return err
 	}
@@ -252,7 +268,7 @@ func (p *planter) make(ctx context.Context, to string, e adapters.Entry) (file a
 	return file, false, err
 }
 
-// fill copies a file's bytes, chunk by chunk in parallel. What is zero is left out: the target reads as zeros.
+// fill copies a file's bytes, chunk by chunk in parallel. What is zero is left out if the target reads as zeros.
 func (p *planter) fill(ctx context.Context, path string, to adapters.FileTarget, size int64) (err error) {
 	p.size.Add(size)
 	p.progress.Total.Add(size)
@@ -272,6 +288,9 @@ func (p *planter) fill(ctx context.Context, path string, to adapters.FileTarget,
 			return errors.Join(jobs.wait(), err)
 		}
 		if e.Zero {
+			if err := zero(ctx, to, e.Offset, e.Length); err != nil {
+				return errors.Join(jobs.wait(), err)
+			}
 			p.progress.Done.Add(e.Length)
 			continue
 		}
@@ -299,29 +318,64 @@ func (p *planter) copy(ctx context.Context, from adapters.File, to adapters.File
 		return err
 	}
 	defer p.pool.give(b)
-	if err := p.pool.throttle(ctx, length); err != nil {
+	held, err := p.held(ctx, from, to, b.p[:length], off)
+	if err != nil {
 		return err
 	}
-	if err := readFull(ctx, from, b.p, off, length); err != nil {
-		return err
+	if !held {
+		if err := p.pool.throttle(ctx, length); err != nil {
+			return err
+		}
+		if err := readFull(ctx, from, b.p, off, length); err != nil {
+			return err
+		}
 	}
 	defer p.progress.Done.Add(length)
 	for data := b.p[:length]; len(data) > 0; {
 		n := holeSize - off%holeSize // to the end of a block, then all blocks of the same kind
-		zero := isZero(data[:min(n, int64(len(data)))])
-		for n < int64(len(data)) && isZero(data[n:min(n+holeSize, int64(len(data)))]) == zero {
+		empty := isZero(data[:min(n, int64(len(data)))])
+		for n < int64(len(data)) && isZero(data[n:min(n+holeSize, int64(len(data)))]) == empty {
 			n += holeSize
 		}
 		n = min(n, int64(len(data)))
-		if !zero {
-			if err := to.WriteAt(ctx, data[:n], off); err != nil {
-				return err
-			}
+		switch {
+		case empty: // also where it is held: it may be zeros that take room
+			err = zero(ctx, to, off, n)
+		case held:
+			p.found.Add(n)
+		default:
+			err = to.WriteAt(ctx, data[:n], off)
 			p.written.Add(n)
+		}
+		if err != nil {
+			return err
 		}
 		data, off = data[n:], off+n
 	}
 	return nil
+}
+
+// held says that the target holds a chunk already, and reads it into b.
+func (p *planter) held(ctx context.Context, from adapters.File, to adapters.FileTarget, b []byte, off int64) (bool, error) {
+	if to.Fresh() || p.digests == nil {
+		return false, nil
+	}
+	c, err := repository.ChunkAt(ctx, from, off)
+	if err != nil {
+		return false, err
+	}
+	if err := to.ReadAt(ctx, b, off); err != nil {
+		return false, err
+	}
+	return p.digests.ChunkOf(b) == c, nil
+}
+
+// zero makes a hole, unless there is one.
+func zero(ctx context.Context, to adapters.FileTarget, off, length int64) error {
+	if to.Fresh() {
+		return nil
+	}
+	return to.Zero(ctx, off, length)
 }
 
 var zeroBlock [holeSize]byte

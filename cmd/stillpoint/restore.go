@@ -27,7 +27,8 @@ removes it instead. Over an existing volume only what differs is fetched and wri
 
 A tree of files becomes a new volume, or a new directory anywhere on this machine, if the target is a path like /new or
 ./new. With --path only one directory or file of it is restored: a directory's content, or a directory with just the file.
-Nothing is written over and nothing is ever written outside of the target. It is begun anew when it was interrupted.`,
+Nothing is written over and nothing is ever written outside of the target. What an interrupted
+restore left of a file is compared with the backup, and only what differs is fetched.`,
 		Args: arguments(2, 2, "a backup or snapshot, and the volume to make of it"),
 		RunE: func(c *cobra.Command, args []string) (err error) {
 			q := backup.RestoreRequest{Overwrite: overwrite, Suspect: suspect, GiveUp: giveUp, Only: treePath(only)}
