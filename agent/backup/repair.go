@@ -190,11 +190,11 @@ func (p *repairer) note(ctx context.Context, c *checker, others []loose) error {
 	return c.note(ctx, others)
 }
 
-// hidden says that some index is broken: what is in it is not known to be referred to.
+// hidden says that some index is broken, or may be, of a large file: what is in it is not known to be referred to.
 func (p *repairer) hidden() bool {
 	for _, s := range p.order {
 		for _, h := range s.hurts {
-			if h.Part == TopPart || h.Part == SegmentPart || h.Part == DirectoryPart {
+			if h.Part == TopPart || h.Part == SegmentPart || h.Part == DirectoryPart || h.Part == FilePart && h.Length > p.q.Repository.ChunkSize() {
 				return true
 			}
 		}

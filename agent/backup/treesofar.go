@@ -100,12 +100,16 @@ func (s *sofar) partOf(u *unfinished) *repository.TreePart {
 	return p
 }
 
-// step takes a checkpoint if one is due and nobody else is about to.
+// step takes a checkpoint if one is due and nobody else is about to. It does not wait for the one before: that may wait for
+// a large directory to be finished, perhaps the one that this is called for.
 func (g *grower) step() error {
 	if !g.keeperMu.TryLock() {
 		return nil
 	}
 	defer g.keeperMu.Unlock()
+	if g.keeper.busy() {
+		return nil
+	}
 	return g.keeper.step(g.ctx, g.done(), g.done())
 }
 

@@ -1,6 +1,7 @@
 package backup
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -125,29 +126,33 @@ func (w *treeWalker) entry(ctx context.Context, path string, e repository.TreeEn
 	return w.hurt(w.contents(ctx, e), FilePart, path, 0)
 }
 
-// contents looks at the contents that hold an entry, as far as nobody did before.
+// contents looks at all contents that hold an entry, as far as nobody did before, and says what is wrong with the first that
+// is bad.
 func (w *treeWalker) contents(ctx context.Context, e repository.TreeEntry) error {
 	all, err := w.t.Contents(ctx, e)
 	if err != nil {
 		return err
 	}
+	var first error
 	for _, k := range all {
 		w.mu.Lock()
 		why, bad := w.bad[k]
 		fresh := !w.known && w.seen.Add(k)
 		w.mu.Unlock()
-		if fresh {
+		switch {
+		case fresh:
 			n, err := w.m.Check(ctx, k, w.quick)
-			if fault.KindOf(err) == fault.Corrupt {
-				w.spoilt(k, err)
-			}
-			if err != nil {
+			if err != nil && fault.KindOf(err) != fault.Corrupt {
 				return err
 			}
+			if err != nil {
+				w.spoilt(k, err)
+				first = cmp.Or(first, err)
+			}
 			w.read.Add(n)
-		} else if bad {
-			return fault.Errorf(fault.Corrupt, "%s", why)
+		case bad:
+			first = cmp.Or(first, fault.Errorf(fault.Corrupt, "%s", why))
 		}
 	}
-	return nil
+	return first
 }
