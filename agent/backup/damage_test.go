@@ -195,14 +195,7 @@ func TestDamageOfTreeIsStoredAnew(t *testing.T) {
 // treeContents are the contents of those entries of a tree, each once.
 func treeContents(t *testing.T, r *repository.Repository, handle string, which func(path string) bool) []string {
 	t.Helper()
-	b, err := r.Backup(t.Context(), backupID(t, handle))
-	if err != nil {
-		t.Fatal(err)
-	}
-	tree, err := r.OpenTree(t.Context(), b)
-	if err != nil {
-		t.Fatal(err)
-	}
+	_, tree := mustTree(t, r, handle)
 	seen := map[string]bool{}
 	var walk func(path string, e repository.TreeEntry)
 	walk = func(path string, e repository.TreeEntry) {

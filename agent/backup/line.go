@@ -21,8 +21,9 @@ import (
 )
 
 // A line is the production line of a backup: one goroutine feeds it with extents, some read them, some hash and store
-// what was read, one writes the index. Everything moves through channels of a fixed length. A segment's chunk list is filled by whoever works on
-// its jobs, each at a place of its own; when the last of them is done the segment goes to the index, in order.
+// what was read, one writes the index. Everything moves through channels of a fixed length. A segment's chunk list is
+// filled by whoever works on its jobs, each at a place of its own; when the last of them is done the segment goes to
+// the index, in order.
 type line struct {
 	r        *repository.Repository
 	w        *repository.Writer

@@ -64,8 +64,8 @@ func (g *grove) cutTree() (adapters.SnapshotID, *adaptertest.TreeModel) {
 	return id, g.model.Clone()
 }
 
-// mustHold compares a backup with a model: read, restored into a volume, and verified.
-func mustHold(t testing.TB, r *repository.Repository, handle string, want *adaptertest.TreeModel) {
+// mustTree opens the tree of a backup.
+func mustTree(t testing.TB, r *repository.Repository, handle string) (repository.Backup, *repository.Tree) {
 	t.Helper()
 	b, err := r.Backup(t.Context(), backupID(t, handle))
 	if err != nil {
@@ -75,6 +75,13 @@ func mustHold(t testing.TB, r *repository.Repository, handle string, want *adapt
 	if err != nil {
 		t.Fatal(err)
 	}
+	return b, tree
+}
+
+// mustHold compares a backup with a model: read, restored into a volume, and verified.
+func mustHold(t testing.TB, r *repository.Repository, handle string, want *adaptertest.TreeModel) {
+	t.Helper()
+	b, tree := mustTree(t, r, handle)
 	if _, err := want.Compare(t.Context(), tree, nil); err != nil {
 		t.Fatalf("%s: %v", handle, err)
 	}
