@@ -18,6 +18,7 @@ type healing struct {
 	sources *sources
 	chunk   buffer
 	done    map[repository.Chunk]bool
+	whole   map[string]bool // files, directories and descriptions in which everything is made again
 	count   int64
 }
 
@@ -27,10 +28,10 @@ func (h *healing) one(ctx context.Context, b repository.Backup, hurt Hurt) (ok b
 	case DescriptionPart:
 		return h.description(ctx, b)
 	case FilePart, DirectoryPart:
-		return false, "files and directories of trees are not stored again: forget the backups that are hurt, repair --all, and back the volume up again", nil
+		return h.grown(ctx, b, hurt)
 	case TopPart:
-		if b.Form == adapters.TreeForm {
-			return false, "the root of a tree is not stored again", nil
+		if b.Form == adapters.TreeForm { // it hangs in the directory that the description is in
+			return h.description(ctx, b)
 		}
 		return h.top(ctx, b)
 	case SegmentPart, ZerosPart, ChunkPart:
@@ -65,11 +66,15 @@ func (h *healing) one(ctx context.Context, b repository.Backup, hurt Hurt) (ok b
 }
 
 func (h *healing) description(ctx context.Context, b repository.Backup) (bool, string, error) {
+	if h.whole[b.ID] {
+		return true, "", nil
+	}
 	if h.to == nil {
 		if !h.r.CanDescribe(ctx, b) {
 			return false, "its directory cannot be made again from its manifest", nil
 		}
 		h.count++
+		h.whole[b.ID] = true
 		return true, "", nil
 	}
 	before := h.to.Stored
@@ -78,6 +83,7 @@ func (h *healing) description(ctx context.Context, b repository.Backup) (bool, s
 	if errors.Is(err, fault.Invalid) {
 		return false, err.Error(), nil
 	}
+	h.whole[b.ID] = err == nil
 	return err == nil, "", err
 }
 

@@ -190,11 +190,11 @@ func (p *repairer) note(ctx context.Context, c *checker, others []loose) error {
 	return c.note(ctx, others)
 }
 
-// hidden says that some index is broken: what is in it is not known to be referred to.
+// hidden says that some index is broken, or may be, of a large file: what is in it is not known to be referred to.
 func (p *repairer) hidden() bool {
 	for _, s := range p.order {
 		for _, h := range s.hurts {
-			if h.Part == TopPart || h.Part == SegmentPart || h.Part == DirectoryPart {
+			if h.Part == TopPart || h.Part == SegmentPart || h.Part == DirectoryPart || h.entry.Size > p.q.Repository.ChunkSize() {
 				return true
 			}
 		}
@@ -233,7 +233,7 @@ func (p *repairer) heal(ctx context.Context) (stored int64, err error) {
 		return 0, err
 	}
 	defer func() { err = errors.Join(err, m.Close(context.WithoutCancel(ctx))) }()
-	h := &healing{m: m, r: p.q.Repository, sources: p.sources, done: map[repository.Chunk]bool{}}
+	h := &healing{m: m, r: p.q.Repository, sources: p.sources, done: map[repository.Chunk]bool{}, whole: map[string]bool{}}
 	if h.chunk, err = newBuffer(max(p.q.Repository.ChunkSize(), adapters.ImageAlign)); err != nil {
 		return 0, err
 	}
