@@ -20,7 +20,7 @@ import (
 type AgainstRequest struct {
 	Repository *repository.Repository
 	ID         string
-	Adapter    adapters.Adapter // an Opener
+	Adapter    adapters.Adapter // an Opener, or a Trees for a backup of a tree
 	Snapshot   adapters.SnapshotID
 	Budget     Budget
 	Progress   *Progress // may be nil
@@ -31,12 +31,12 @@ type AgainstReport struct {
 	VerifyReport
 	Snapshot      string   `json:"snapshot"`       // its handle
 	Same          bool     `json:"same_snapshot"`  // it is the one that the backup was made of
-	BytesCompared int64    `json:"bytes_compared"` // all of the volume, zeros too, but for what the repository has lost
+	BytesCompared int64    `json:"bytes_compared"` // all of the volume, zeros too, of a tree all files, but for what the repository has lost
 	BytesDiffer   int64    `json:"bytes_differ"`
-	Differences   []string `json:"differences,omitempty"` // by offset, and which side is which; the first hundred
+	Differences   []string `json:"differences,omitempty"` // by offset, of a tree by path, and which side is which; the first hundred
 }
 
-// VerifyAgainst verifies a backup, and compares every chunk of it with the snapshot: all of the snapshot is read, whatever
+// VerifyAgainst verifies a backup, and compares every chunk of it, and of a tree every entry, with the snapshot: all of the snapshot is read, whatever
 // the backend calls unallocated. A difference is Corrupt. Which side is wrong it cannot say; the backup's chunks have just
 // been found to be what was stored.
 func VerifyAgainst(ctx context.Context, q AgainstRequest) (report AgainstReport, err error) {
@@ -45,18 +45,14 @@ func VerifyAgainst(ctx context.Context, q AgainstRequest) (report AgainstReport,
 	if err != nil {
 		return report, err
 	}
-	if b.Form == adapters.TreeForm {
-		return report, fault.Errorf(fault.Unsupported, "backup %s is of a tree of files, which is not compared with a snapshot", b.Handle)
-	}
 	found, err := q.Adapter.Snapshot(ctx, q.Snapshot)
 	if err != nil {
 		return report, err
 	}
-	opener, ok := adapters.As[adapters.Opener](q.Adapter)
-	if !ok {
-		return report, fault.Errorf(fault.Unsupported, "backend %s cannot open snapshots", found.ID.Volume.Backend)
+	if found.Form != b.Form {
+		return report, fault.Errorf(fault.Invalid, "backup %s is of %s and snapshot %s of %s", b.Handle, b.Form, found.ID, found.Form)
 	}
-	live, err := opener.Open(ctx, found.ID)
+	live, err := openSource(ctx, q.Adapter, found)
 	if err != nil {
 		return report, err
 	}
@@ -68,15 +64,20 @@ func VerifyAgainst(ctx context.Context, q AgainstRequest) (report AgainstReport,
 	if damaged != nil && fault.KindOf(damaged) != fault.Corrupt {
 		return report, damaged
 	}
-	c := &comparison{backup: b, live: live, progress: q.Progress}
+	c := &comparison{backup: b, live: live.image, progress: q.Progress}
 	if c.progress == nil {
 		c.progress = new(Progress)
 	}
-	if err := c.run(ctx, q.Repository, q.Budget); err != nil {
+	if live.tree != nil {
+		err = c.runTree(ctx, q.Repository, live.tree)
+	} else {
+		err = c.run(ctx, q.Repository, q.Budget)
+	}
+	if err != nil {
 		return report, fmt.Errorf("comparing %s with %s: %w", b.Handle, found.ID, err)
 	}
 	report.BytesCompared, report.Seconds = c.compared, time.Since(started).Seconds()
-	slices.SortFunc(c.differences, func(x, y difference) int { return cmp.Compare(x.off, y.off) })
+	slices.SortStableFunc(c.differences, func(x, y difference) int { return cmp.Compare(x.off, y.off) })
 	for _, d := range c.differences {
 		report.BytesDiffer += d.length
 		if len(report.Differences) < badMax {
