@@ -49,7 +49,7 @@ type Repaired struct {
 const suspectPrefix = "damaged: "
 
 // Repair verifies backups, finds every backup in the repository that refers to what is bad, and stores again what a
-// snapshot still has: bytes of the volume whose name is the lost one. Indexes and descriptions are made again the same
+// snapshot still has: bytes of the volume whose name is the lost one, of a tree at the same path. Indexes, directories and descriptions are made again the same
 // way. Everything gets the name that it had, so that all backups which share it are whole again. Nothing is deleted
 // that is not stored again, but bad contents that no backup refers to. Those that were hurt are verified again; the ones
 // that still are get marked as suspect. It is Corrupt if something is left.
@@ -107,8 +107,9 @@ func Repair(ctx context.Context, q RepairRequest) (report RepairReport, err erro
 	return report, nil
 }
 
-// maxRounds is how often what was stored again is read again: a top level shows its segments, a segment its chunks.
-const maxRounds = 4
+// maxRounds is how often what was stored again is read again: the folder of a backup shows its tree, directories their files,
+// a top level its segments, a segment its chunks.
+const maxRounds = 5
 
 // repairer is a repair under way.
 type repairer struct {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"stillpoint.io/stillpoint/adapters"
 	"stillpoint.io/stillpoint/agent/repository"
@@ -69,8 +70,8 @@ func (w *treeComparison) entry(ctx context.Context, path string, e repository.Tr
 
 // described is an entry in words.
 func described(e adapters.Entry) string {
-	e.Unchanged = false
-	return fmt.Sprintf("%+v", e)
+	return fmt.Sprintf("a %s of %d bytes with mode %04o, owner %d:%d, time %s, target %q, device %d, link %d, attributes %q",
+		e.Type, e.Size, e.Mode, e.UID, e.GID, e.Modified.Format(time.RFC3339Nano), e.Target, e.Device, e.Link, e.Attributes)
 }
 
 // directory goes through two directories, which have one order.

@@ -183,3 +183,32 @@ func TestRepairTreeWhatIsLost(t *testing.T) {
 		}
 	}
 }
+
+// A backup of a tree is what its snapshot is, to the byte; what another has otherwise is named by its path.
+func TestVerifyAgainstTree(t *testing.T) {
+	t.Parallel()
+	w := newSickTree(t, 3)
+	rng := rand.New(rand.NewPCG(5, 6))
+	w.grove.apply(func(m *adaptertest.TreeModel) error { return m.Remove("dir/link") },
+		func(m *adaptertest.TreeModel) error { return m.Mkdir("fresh", rng) },
+		func(m *adaptertest.TreeModel) error { return m.Write("large", []byte("other"), 100<<10, rng) })
+	third, _ := w.cut()
+	against := func(backup int, snapshot adapters.SnapshotID) (AgainstReport, error) {
+		return VerifyAgainst(t.Context(), AgainstRequest{Repository: w.repo, ID: backupID(t, w.handles[backup]), Adapter: w.adapter, Snapshot: snapshot})
+	}
+	r, err := against(1, w.snapshots[1])
+	if err != nil || !r.Same || r.BytesCompared == 0 || r.BytesCompared != r.BytesVerified || len(r.Differences) != 0 {
+		t.Errorf("its own: %+v, %v", r, err)
+	}
+	r, err = against(1, third)
+	if said := strings.Join(r.Differences, "\n"); fault.KindOf(err) != fault.Corrupt || r.Same || r.Faults != 0 ||
+		!strings.Contains(said, `"dir/link": only the backup has it`) || !strings.Contains(said, `"fresh": only the snapshot has it`) ||
+		!strings.Contains(said, `"large": 65536 bytes at 65536: the backup has content`) || strings.Contains(said, `"dir/small"`) {
+		t.Errorf("another: %s, %v", said, err)
+	}
+	w.spoil(w.contents("dir/small")...)
+	w.reopen()
+	if r, err := against(1, w.snapshots[1]); fault.KindOf(err) != fault.Corrupt || r.Faults != 1 || len(r.Differences) != 0 {
+		t.Errorf("damaged: %+v, %v", r, err)
+	}
+}
