@@ -49,10 +49,10 @@ type Repaired struct {
 const suspectPrefix = "damaged: "
 
 // Repair verifies backups, finds every backup in the repository that refers to what is bad, and stores again what a
-// snapshot still has: bytes of the volume whose name is the lost one, of a tree at the same path. Indexes, directories and descriptions are made again the same
-// way. Everything gets the name that it had, so that all backups which share it are whole again. Nothing is deleted
-// that is not stored again, but bad contents that no backup refers to. Those that were hurt are verified again; the ones
-// that still are get marked as suspect. It is Corrupt if something is left.
+// snapshot still has: bytes of the volume whose name is the lost one, of a tree at the same path. Indexes, directories and
+// descriptions are made again the same way. Everything gets the name that it had, so that all backups which share it are
+// whole again. Nothing is deleted that is not stored again, but bad contents that no backup refers to. Those that were hurt
+// are verified again; the ones that still are get marked as suspect. It is Corrupt if something is left.
 //
 // It may be killed at any time and begun anew.
 func Repair(ctx context.Context, q RepairRequest) (report RepairReport, err error) {
