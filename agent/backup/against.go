@@ -20,7 +20,7 @@ import (
 type AgainstRequest struct {
 	Repository *repository.Repository
 	ID         string
-	Adapter    adapters.Adapter // an Opener, or Trees
+	Adapter    adapters.Adapter // an Opener, or of a backup of a tree Trees
 	Snapshot   adapters.SnapshotID
 	Budget     Budget
 	Progress   *Progress // may be nil
@@ -31,14 +31,14 @@ type AgainstReport struct {
 	VerifyReport
 	Snapshot      string   `json:"snapshot"`       // its handle
 	Same          bool     `json:"same_snapshot"`  // it is the one that the backup was made of
-	BytesCompared int64    `json:"bytes_compared"` // all of the volume, zeros too, but for what the repository has lost
+	BytesCompared int64    `json:"bytes_compared"` // all of the volume or of its files, zeros too, but for what the repository has lost
 	BytesDiffer   int64    `json:"bytes_differ"`
 	Differences   []string `json:"differences,omitempty"` // by offset or, of a tree, by path, and which side is which; the first hundred
 }
 
 // VerifyAgainst verifies a backup, and compares every chunk of it with the snapshot: all of the snapshot is read, whatever
-// the backend calls unallocated. Of a tree it compares every name, description and byte. A difference is Corrupt. Which side is wrong it cannot say; the backup's chunks have just
-// been found to be what was stored.
+// the backend calls unallocated. Of a tree it compares every name, description and byte. A difference is Corrupt. Which
+// side is wrong it cannot say; the backup's chunks have just been found to be what was stored.
 func VerifyAgainst(ctx context.Context, q AgainstRequest) (report AgainstReport, err error) {
 	started := time.Now()
 	b, err := q.Repository.Backup(ctx, q.ID)
@@ -49,28 +49,14 @@ func VerifyAgainst(ctx context.Context, q AgainstRequest) (report AgainstReport,
 	if err != nil {
 		return report, err
 	}
-	c := &comparison{backup: b, progress: q.Progress}
-	if c.progress == nil {
-		c.progress = new(Progress)
+	if found.Form != b.Form {
+		return report, fault.Errorf(fault.Invalid, "backup %s is of the form %s, and snapshot %s of the form %s: name a snapshot of that volume", b.Handle, b.Form, found.ID, found.Form)
 	}
-	compare := func() error { return c.run(ctx, q.Repository, q.Budget) }
-	if b.Form == adapters.TreeForm {
-		live, failed := q.openTreeAgainst(ctx, found)
-		if failed != nil {
-			return report, failed
-		}
-		defer func() { err = errors.Join(err, live.Close()) }()
-		compare = func() error { return c.tree(ctx, q, live) }
-	} else {
-		opener, ok := adapters.As[adapters.Opener](q.Adapter)
-		if !ok {
-			return report, fault.Errorf(fault.Unsupported, "backend %s cannot open snapshots", found.ID.Volume.Backend)
-		}
-		if c.live, err = opener.Open(ctx, found.ID); err != nil {
-			return report, err
-		}
-		defer func() { err = errors.Join(err, c.live.Close()) }()
+	live, err := openSource(ctx, q.Adapter, found)
+	if err != nil {
+		return report, err
 	}
+	defer func() { err = errors.Join(err, live.Close()) }()
 	report.Snapshot, report.Same = found.ID.String(), isOf(b, found)
 
 	var damaged error
@@ -78,7 +64,16 @@ func VerifyAgainst(ctx context.Context, q AgainstRequest) (report AgainstReport,
 	if damaged != nil && fault.KindOf(damaged) != fault.Corrupt {
 		return report, damaged
 	}
-	if err := compare(); err != nil {
+	c := &comparison{backup: b, live: live.image, progress: q.Progress}
+	if c.progress == nil {
+		c.progress = new(Progress)
+	}
+	if live.tree != nil {
+		err = c.tree(ctx, q, live.tree)
+	} else {
+		err = c.run(ctx, q.Repository, q.Budget)
+	}
+	if err != nil {
 		return report, fmt.Errorf("comparing %s with %s: %w", b.Handle, found.ID, err)
 	}
 	report.BytesCompared, report.Seconds = c.compared, time.Since(started).Seconds()

@@ -18,10 +18,8 @@ type healing struct {
 	sources *sources
 	chunk   buffer
 	done    map[repository.Chunk]bool
+	whole   map[string]bool // files, directories and descriptions in which everything is made again
 	count   int64
-
-	budget Budget
-	trees  map[string]string // backups whose snapshots were walked, by id, and what stood in the way
 }
 
 // one makes what hurts a backup again. If it cannot, it says why.
@@ -30,10 +28,10 @@ func (h *healing) one(ctx context.Context, b repository.Backup, hurt Hurt) (ok b
 	case DescriptionPart:
 		return h.description(ctx, b)
 	case FilePart, DirectoryPart:
-		return h.tree(ctx, b)
+		return h.grown(ctx, b, hurt)
 	case TopPart:
-		if b.Form == adapters.TreeForm {
-			return false, "the root of a tree is not stored again", nil
+		if b.Form == adapters.TreeForm { // it hangs in the directory that the description is in
+			return h.description(ctx, b)
 		}
 		return h.top(ctx, b)
 	case SegmentPart, ZerosPart, ChunkPart:
@@ -68,11 +66,15 @@ func (h *healing) one(ctx context.Context, b repository.Backup, hurt Hurt) (ok b
 }
 
 func (h *healing) description(ctx context.Context, b repository.Backup) (bool, string, error) {
+	if h.whole[b.ID] {
+		return true, "", nil
+	}
 	if h.to == nil {
 		if !h.r.CanDescribe(ctx, b) {
 			return false, "its directory cannot be made again from its manifest", nil
 		}
 		h.count++
+		h.whole[b.ID] = true
 		return true, "", nil
 	}
 	before := h.to.Stored
@@ -81,6 +83,7 @@ func (h *healing) description(ctx context.Context, b repository.Backup) (bool, s
 	if errors.Is(err, fault.Invalid) {
 		return false, err.Error(), nil
 	}
+	h.whole[b.ID] = err == nil
 	return err == nil, "", err
 }
 

@@ -19,6 +19,8 @@ type Hurt struct {
 	data    int64 // of Length, how many are data in a chunk
 	chunk   repository.Chunk
 	segment int
+	path    string               // in a tree
+	entry   repository.TreeEntry // what is hurt there
 }
 
 // Part says which part of a backup is hurt.

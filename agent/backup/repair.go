@@ -28,7 +28,7 @@ type RepairRequest struct {
 type RepairReport struct {
 	Looked  int        `json:"looked"`            // backups that were read
 	Hurt    []Repaired `json:"hurt,omitempty"`    // every backup in the repository that refers to something bad
-	Stored  int64      `json:"stored"`            // contents stored again; of a dry run, those that could be
+	Stored  int64      `json:"stored"`            // contents stored again; of a dry run, those that could be, but for what shows only when they are
 	Dropped []string   `json:"dropped,omitempty"` // bad contents that no backup refers to, and that none to come will
 	Loose   []string   `json:"loose,omitempty"`   // bad contents of which nobody knows, before what is hurt is whole, who refers to them
 	DryRun  bool       `json:"dry_run,omitempty"`
@@ -40,7 +40,7 @@ type Repaired struct {
 	Backup   string   `json:"backup"`
 	Bad      []string `json:"bad"`       // what was wrong, by offset; the first hundred
 	BytesBad int64    `json:"bytes_bad"` // of the volume, that could not be restored
-	Healed   bool     `json:"healed"`    // it was verified again and is whole; of a dry run: everything bad was found in a snapshot
+	Healed   bool     `json:"healed"`    // it was verified again and is whole; of a dry run: everything bad that shows was found in a snapshot
 	Left     []string `json:"left,omitempty"`
 	Why      []string `json:"why,omitempty"` // what stood in the way
 }
@@ -49,10 +49,10 @@ type Repaired struct {
 const suspectPrefix = "damaged: "
 
 // Repair verifies backups, finds every backup in the repository that refers to what is bad, and stores again what a
-// snapshot still has: bytes of the volume whose name is the lost one. Indexes and descriptions are made again the same
-// way. Everything gets the name that it had, so that all backups which share it are whole again. Nothing is deleted
-// that is not stored again, but bad contents that no backup refers to. Those that were hurt are verified again; the ones
-// that still are get marked as suspect. It is Corrupt if something is left.
+// snapshot still has: bytes of the volume whose name is the lost one, of a tree at the same path. Indexes, directories and
+// descriptions are made again the same way. Everything gets the name that it had, so that all backups which share it are
+// whole again. Nothing is deleted that is not stored again, but bad contents that no backup refers to. Those that were hurt
+// are verified again; the ones that still are get marked as suspect. It is Corrupt if something is left.
 //
 // It may be killed at any time and begun anew.
 func Repair(ctx context.Context, q RepairRequest) (report RepairReport, err error) {
@@ -107,8 +107,9 @@ func Repair(ctx context.Context, q RepairRequest) (report RepairReport, err erro
 	return report, nil
 }
 
-// maxRounds is how often what was stored again is read again: a top level shows its segments, a segment its chunks.
-const maxRounds = 4
+// maxRounds is how often what was stored again is read again: the folder of a backup shows its tree, directories their files,
+// a top level its segments, a segment its chunks.
+const maxRounds = 5
 
 // repairer is a repair under way.
 type repairer struct {
@@ -233,7 +234,7 @@ func (p *repairer) heal(ctx context.Context) (stored int64, err error) {
 		return 0, err
 	}
 	defer func() { err = errors.Join(err, m.Close(context.WithoutCancel(ctx))) }()
-	h := &healing{m: m, r: p.q.Repository, sources: p.sources, done: map[repository.Chunk]bool{}, budget: p.q.Budget, trees: map[string]string{}}
+	h := &healing{m: m, r: p.q.Repository, sources: p.sources, done: map[repository.Chunk]bool{}, whole: map[string]bool{}}
 	if h.chunk, err = newBuffer(max(p.q.Repository.ChunkSize(), adapters.ImageAlign)); err != nil {
 		return 0, err
 	}

@@ -23,7 +23,8 @@ type source struct {
 	id       adapters.SnapshotID
 	snapshot adapters.Snapshot
 	adapter  adapters.Adapter
-	image    adapters.Image
+	image    adapters.Image // of a volume that is blocks
+	tree     adapters.Tree  // of one that is files
 }
 
 func newSources(adapter func(context.Context, string) (adapters.Adapter, error)) *sources {
@@ -46,7 +47,10 @@ func (s *sources) of(ctx context.Context, b repository.Backup) ([]source, string
 			s.why[b.Volume] = fmt.Sprintf("the backend has no snapshot of %s any more", b.Volume)
 		}
 	}
-	all := slices.Clone(s.volumes[b.Volume])
+	all := slices.DeleteFunc(slices.Clone(s.volumes[b.Volume]), func(x source) bool { return x.snapshot.Form != b.Form })
+	if why := s.why[b.Volume]; len(all) == 0 && why == "" {
+		return nil, fmt.Sprintf("the backend has no snapshot of %s of the form %s any more", b.Volume, b.Form), nil
+	}
 	slices.SortStableFunc(all, func(x, y source) int {
 		if own := isOf(b, x.snapshot); own != isOf(b, y.snapshot) {
 			if own {
@@ -64,10 +68,6 @@ func (s *sources) open(ctx context.Context, v adapters.VolumeID) ([]source, erro
 	if err != nil {
 		return nil, err
 	}
-	opener, ok := adapters.As[adapters.Opener](a)
-	if !ok {
-		return nil, fault.Errorf(fault.Unsupported, "backend %s cannot open snapshots", v.Backend)
-	}
 	var all []source
 	var failed error
 	for snapshot, err := range a.Snapshots(ctx, adapters.Filter{Volume: v}) {
@@ -77,21 +77,44 @@ func (s *sources) open(ctx context.Context, v adapters.VolumeID) ([]source, erro
 		if snapshot.State != adapters.Ready || snapshot.Mark != adapters.Verified {
 			continue
 		}
-		image, err := opener.Open(ctx, snapshot.ID)
+		from, err := openSource(ctx, a, snapshot)
 		if err != nil {
 			failed = errors.Join(failed, err)
 			continue
 		}
-		all = append(all, source{snapshot.ID, snapshot, a, image})
+		all = append(all, from)
 	}
 	return all, failed
+}
+
+func openSource(ctx context.Context, a adapters.Adapter, snapshot adapters.Snapshot) (from source, err error) {
+	from = source{id: snapshot.ID, snapshot: snapshot, adapter: a}
+	opener, images := adapters.As[adapters.Opener](a)
+	trees, files := adapters.As[adapters.Trees](a)
+	switch {
+	case snapshot.Form == adapters.TreeForm && files:
+		from.tree, err = trees.OpenTree(ctx, snapshot.ID, nil)
+	case snapshot.Form == adapters.BlockForm && images:
+		from.image, err = opener.Open(ctx, snapshot.ID)
+	default:
+		err = fault.Errorf(fault.Unsupported, "backend %s cannot open snapshots", snapshot.ID.Volume.Backend)
+	}
+	return from, err
+}
+
+// Close releases the snapshot.
+func (s source) Close() error {
+	if s.tree != nil {
+		return s.tree.Close()
+	}
+	return s.image.Close()
 }
 
 func (s *sources) close() error {
 	var errs []error
 	for _, all := range s.volumes {
 		for _, from := range all {
-			errs = append(errs, from.image.Close())
+			errs = append(errs, from.Close())
 		}
 	}
 	return errors.Join(errs...)

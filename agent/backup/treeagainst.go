@@ -4,23 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"stillpoint.io/stillpoint/adapters"
 	"stillpoint.io/stillpoint/agent/repository"
 	"stillpoint.io/stillpoint/fault"
 )
-
-// openTreeAgainst opens a snapshot that is a tree.
-func (q AgainstRequest) openTreeAgainst(ctx context.Context, found adapters.Snapshot) (adapters.Tree, error) {
-	if found.Form != adapters.TreeForm {
-		return nil, fault.Errorf(fault.Invalid, "the backup is of a tree of files, and snapshot %s is of a disk image: name a snapshot of the tree", found.ID)
-	}
-	trees, ok := adapters.As[adapters.Trees](q.Adapter)
-	if !ok {
-		return nil, fault.Errorf(fault.Unsupported, "backend %s cannot open snapshots of trees", found.ID.Volume.Backend)
-	}
-	return trees.OpenTree(ctx, found.ID, nil)
-}
 
 // treeComparison compares a tree in the repository with one in a snapshot: every name, description and byte. What the
 // repository has lost is passed over: the verification has said so.
@@ -68,17 +57,23 @@ func (c *treeComparison) entry(ctx context.Context, path string, e adapters.Entr
 		return err
 	}
 	if !was.Same(e) {
-		c.differs(0, 0, fmt.Sprintf("%q: described as %+v in the backup, and as %+v in the snapshot", path, was.Entry, e))
+		c.differs(0, 0, fmt.Sprintf("%q: the backup has %s, the snapshot %s", path, described(was.Entry), described(e)))
 	}
 	switch {
 	case e.Type != was.Type:
 		return nil
 	case e.Type == adapters.Directory:
 		return c.directory(ctx, path, was)
-	case e.Type == adapters.RegularFile && e.Size == was.Size:
-		return c.file(ctx, path, was)
+	case e.Type == adapters.RegularFile:
+		return c.file(ctx, path, e, was)
 	}
 	return nil
+}
+
+// described is an entry in words.
+func described(e adapters.Entry) string {
+	return fmt.Sprintf("a %s of %d bytes with mode %04o, owner %d:%d, time %s, target %q, device %d, link %d, attributes %q",
+		e.Type, e.Size, e.Mode, e.UID, e.GID, e.Modified.Format(time.RFC3339Nano), e.Target, e.Device, e.Link, e.Attributes)
 }
 
 // directory compares what is in a directory, with all below it.
@@ -119,8 +114,8 @@ func (c *treeComparison) missing(path string, old *cursor) {
 	old.next()
 }
 
-// file compares a file's bytes, chunk by chunk: a chunk's name is its digest.
-func (c *treeComparison) file(ctx context.Context, path string, was repository.TreeEntry) (err error) {
+// file compares the bytes of two files as far as both have them, chunk by chunk: a chunk's name is its digest.
+func (c *treeComparison) file(ctx context.Context, path string, e adapters.Entry, was repository.TreeEntry) (err error) {
 	saved, err := c.saved.Open(ctx, was)
 	if err != nil {
 		return unlessLost(err)
@@ -131,8 +126,8 @@ func (c *treeComparison) file(ctx context.Context, path string, was repository.T
 		return err
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
-	if f.Size() != was.Size {
-		return fault.Errorf(fault.Corrupt, "%q opens with %d bytes and is listed with %d", path, f.Size(), was.Size)
+	if f.Size() != e.Size {
+		return fault.Errorf(fault.Corrupt, "%q opens with %d bytes and is listed with %d", path, f.Size(), e.Size)
 	}
 	b, err := c.pool.take(ctx)
 	if err != nil {
@@ -141,18 +136,23 @@ func (c *treeComparison) file(ctx context.Context, path string, was repository.T
 	defer c.pool.give(b)
 	for off := int64(0); off < was.Size; off += c.r.ChunkSize() {
 		length := min(c.r.ChunkSize(), was.Size-off)
+		if off+length > e.Size {
+			return nil // told as a difference of size
+		}
+		want, err := repository.ChunkAt(ctx, saved, off)
+		if fault.KindOf(err) == fault.Corrupt {
+			continue // the verification has said so; what is behind it is compared all the same
+		} else if err != nil {
+			return err
+		}
 		if err := c.pool.throttle(ctx, length); err != nil {
 			return err
 		}
 		if err := readFull(ctx, f, b.p, off, length); err != nil {
 			return err
 		}
-		same, err := sameChunk(ctx, saved, c.r, b.p[:length], off)
-		if err != nil {
-			return unlessLost(err)
-		}
-		if !same {
-			c.differs(0, length, fmt.Sprintf("%q: %d bytes at %d are others in the backup than in the snapshot", path, length, off))
+		if got, zero := c.r.ChunkOf(b.p[:length]), c.r.ZeroChunk(length); got != want {
+			c.differs(0, length, fmt.Sprintf("%q: %d bytes at %d: the backup has %s, the snapshot %s", path, length, off, named(want, zero), named(got, zero)))
 		}
 		c.mu.Lock()
 		c.compared += length

@@ -10,62 +10,278 @@ import (
 	"stillpoint.io/stillpoint/fault"
 )
 
-// tree stores again what a tree has lost, from the snapshot that it was made of: all of that is walked and read, as for a
-// full backup, and the writer stores anew what is known to be damaged. Everything has the name that it had. Another snapshot
-// is not taken: what differs in it would be stored for nobody. A backup is walked once however much of it is hurt.
-func (h *healing) tree(ctx context.Context, b repository.Backup) (ok bool, why string, err error) {
-	if h.to == nil {
-		return false, "a dry run does not read the snapshots of trees", nil
+// grown makes what is hurt of a tree again, from what snapshots have at the same path: of a large file only what is bad, and
+// of a directory all directories below it that are. What is below a directory shows when that is whole.
+func (h *healing) grown(ctx context.Context, b repository.Backup, hurt Hurt) (ok bool, why string, err error) {
+	key := hurt.entry.Content()
+	if h.whole[key] {
+		return true, "", nil
 	}
-	if why, done := h.trees[b.ID]; done {
-		return why == "", why, nil
+	switch hurt.entry.Type {
+	case adapters.RegularFile:
+		ok, why, err = h.file(ctx, b, hurt)
+	case adapters.Directory:
+		ok, why, err = h.directory(ctx, b, hurt)
+	default: // its directory has what it holds
+		k := h.m.NewRemake()
+		made, err := k.Text(ctx, hurt.entry.Entry)
+		if err != nil || !made.Holds(hurt.entry) || k.Lost() == 0 {
+			return false, fmt.Sprintf("%q: its entry in the directory says something else", hurt.path), err
+		}
+		ok, err = true, h.remake(ctx, k)
+		if err != nil {
+			return false, "", err
+		}
 	}
-	renewed, err := h.regrow(ctx, b)
-	h.count += renewed
-	switch {
-	case ctx.Err() != nil:
-		return false, "", ctx.Err()
-	case err != nil:
-		why = fmt.Sprintf("snapshot %s: %v", b.Snapshot, err)
-	case renewed == 0:
-		why = fmt.Sprintf("snapshot %s does not have what was there", b.Snapshot)
+	if ok && err == nil {
+		h.whole[key] = true
 	}
-	h.trees[b.ID] = why
-	return why == "", why, nil
+	return ok, why, err
 }
 
-// regrow walks the snapshot of a backup, and returns how many contents were stored anew.
-func (h *healing) regrow(ctx context.Context, b repository.Backup) (renewed int64, err error) {
-	a, err := h.sources.adapter(ctx, b.Volume.Backend)
+func (h *healing) remake(ctx context.Context, k *repository.Remake) error {
+	if h.to == nil {
+		h.count += int64(k.Lost())
+		return nil
+	}
+	before := h.to.Stored
+	err := h.to.Remake(ctx, k)
+	h.count += h.to.Stored - before
+	return err
+}
+
+// file makes what is bad of a file again.
+func (h *healing) file(ctx context.Context, b repository.Backup, hurt Hurt) (ok bool, why string, err error) {
+	needs, err := h.needs(ctx, hurt.entry)
 	if err != nil {
-		return 0, err
+		return false, "", err
 	}
-	found, err := a.Snapshot(ctx, b.Snapshot)
+	if len(needs) == 0 {
+		return false, "what is there does not fit together: " + hurt.String(), nil
+	}
+	all, why, err := h.sources.of(ctx, b)
 	if err != nil {
-		return 0, err
+		return false, "", err
 	}
-	trees, ok := adapters.As[adapters.Trees](a)
-	if !ok || !isOf(b, found) {
-		return 0, fault.Errorf(fault.Unsupported, "it is not what was backed up, or backend %s cannot open trees", b.Volume.Backend)
+	if len(all) > 0 && why == "" {
+		why = fmt.Sprintf("no snapshot of %s has the bytes that were in %q", b.Volume, hurt.path)
 	}
-	source, err := trees.OpenTree(ctx, found.ID, nil)
+	for _, from := range all {
+		left, err := h.fromFile(ctx, from, hurt, needs)
+		if unread := (*sourceError)(nil); errors.As(err, &unread) && ctx.Err() == nil {
+			if kind := fault.KindOf(err); kind != fault.NotFound && kind != fault.Invalid { // else there is no such file
+				why = fmt.Sprintf("snapshot %s: %v", from.id, err)
+			}
+		} else if err != nil {
+			return false, "", err
+		}
+		if needs = left; len(needs) == 0 {
+			return true, "", nil
+		}
+	}
+	return false, why, nil
+}
+
+// need is a content of a file that is bad.
+type need struct {
+	name repository.Chunk
+	s    repository.Segment // of which it is the index; zero for a chunk
+	Hurt                    // where in the file
+	top  bool               // the top level of the file
+}
+
+// needs looks at everything that holds a file. What is below a bad index is not known yet.
+func (h *healing) needs(ctx context.Context, e repository.TreeEntry) (needs []need, err error) {
+	look := func(name repository.Chunk, s repository.Segment, off, length int64) (bool, error) {
+		_, err := h.m.Check(ctx, name, false)
+		if fault.KindOf(err) != fault.Corrupt {
+			return false, err
+		}
+		needs = append(needs, need{name: name, s: s, Hurt: Hurt{Offset: off, Length: length}})
+		return true, nil
+	}
+	if e.Size <= h.r.ChunkSize() {
+		if name, ok := e.Chunk(); ok {
+			_, err = look(name, repository.Segment{}, 0, e.Size)
+		}
+		return needs, err
+	}
+	image, err := h.m.OpenImage(ctx, e.AsImage())
+	if fault.KindOf(err) == fault.Corrupt {
+		return []need{{Hurt: Hurt{Length: e.Size}, top: true}}, nil
+	} else if err != nil {
+		return nil, err
+	}
+	defer image.Close()
+	looked := map[repository.Chunk]bool{}
+	for n := range image.Segments() {
+		s, _ := image.Segment(n)
+		start := int64(n) * repository.SegmentSize
+		if bad, err := look(s.Index(), s, start, s.Length); err != nil {
+			return nil, err
+		} else if bad {
+			continue
+		}
+		chunks, err := image.Chunks(ctx, n)
+		if fault.KindOf(err) == fault.Corrupt {
+			continue
+		} else if err != nil {
+			return nil, err
+		}
+		for i, name := range chunks {
+			if looked[name] {
+				continue
+			}
+			looked[name] = true
+			off := int64(i) * h.r.ChunkSize()
+			if _, err := look(name, repository.Segment{}, start+off, min(h.r.ChunkSize(), s.Length-off)); err != nil {
+				return nil, err
+			}
+		}
+	}
+	return needs, nil
+}
+
+// fromFile takes from a snapshot's file what it has of the needs, and returns the others.
+func (h *healing) fromFile(ctx context.Context, from source, hurt Hurt, needs []need) (left []need, err error) {
+	f, err := from.tree.OpenFile(ctx, hurt.path)
 	if err != nil {
-		return 0, err
+		return needs, &sourceError{err}
 	}
-	defer func() { err = errors.Join(err, source.Close()) }()
-	pool := readPool(h.budget, h.r)
-	defer pool.Close()
-	w, err := h.r.NewWriter(ctx)
+	defer func() { err = errors.Join(err, f.Close()) }()
+	for i, n := range needs {
+		ok := h.done[n.name]
+		if !ok && n.Offset+n.Length <= f.Size() {
+			if n.top {
+				ok, err = h.fileTop(ctx, f, hurt.entry)
+			} else {
+				ok, err = h.try(ctx, f, n.name, n.s, n.Hurt)
+			}
+			if err != nil {
+				return append(left, needs[i:]...), err
+			}
+			if ok {
+				h.count++
+			}
+		}
+		if !ok {
+			left = append(left, n)
+		} else if !n.top {
+			h.done[n.name] = true
+		}
+	}
+	return left, nil
+}
+
+// fileTop makes the top level of a large file again, for which all of it is read.
+func (h *healing) fileTop(ctx context.Context, f adapters.File, e repository.TreeEntry) (bool, error) {
+	if f.Size() != e.Size {
+		return false, nil
+	}
+	segments, err := h.fileSegments(ctx, f)
+	if err != nil || !h.r.IsTop(e.AsImage(), segments) {
+		return false, err
+	}
+	if h.to == nil {
+		return true, nil
+	}
+	return true, h.to.Top(ctx, e.AsImage(), segments)
+}
+
+// fileSegments names the segments of a file.
+func (h *healing) fileSegments(ctx context.Context, f adapters.File) ([]repository.Segment, error) {
+	var segments []repository.Segment
+	for start := int64(0); start < f.Size(); start += repository.SegmentSize {
+		length := min(repository.SegmentSize, f.Size()-start)
+		chunks, err := h.chunks(ctx, f, start, length)
+		if err != nil {
+			return nil, err
+		}
+		segments = append(segments, h.r.SegmentOf(chunks, length))
+	}
+	return segments, nil
+}
+
+// directory makes a directory again, and those below it, for which everything in it is read.
+func (h *healing) directory(ctx context.Context, b repository.Backup, hurt Hurt) (ok bool, why string, err error) {
+	all, why, err := h.sources.of(ctx, b)
 	if err != nil {
-		return 0, err
+		return false, "", err
 	}
-	defer func() { err = errors.Join(err, w.Close(context.WithoutCancel(ctx))) }()
-	g := &grower{
-		r: h.r, w: w, source: source, chunk: h.r.ChunkSize(), pool: pool, progress: new(Progress),
-		spare: make(chan struct{}, pool.workers()-1), links: map[uint64]*linked{},
+	for _, from := range all {
+		k := h.m.NewRemake()
+		made, err := h.regrow(ctx, k, from.tree, hurt.path)
+		if unread := (*sourceError)(nil); errors.As(err, &unread) && ctx.Err() == nil {
+			why = fmt.Sprintf("snapshot %s: %v", from.id, err)
+			continue
+		} else if err != nil {
+			return false, "", err
+		}
+		switch {
+		case !made.Holds(hurt.entry):
+			why = fmt.Sprintf("no snapshot of %s has the directory %q as it was", b.Volume, hurt.path)
+		case k.Lost() == 0:
+			return false, "what is there does not fit together: " + hurt.String(), nil
+		default:
+			return true, "", h.remake(ctx, k)
+		}
 	}
-	if _, err := g.root(ctx); err != nil {
-		return 0, err
+	return false, why, nil
+}
+
+// regrow makes the entry at a path again as a backup of the snapshot would, and all below it.
+func (h *healing) regrow(ctx context.Context, k *repository.Remake, from adapters.Tree, path string) (repository.TreeEntry, error) {
+	e, err := from.Stat(ctx, path)
+	if err != nil {
+		return repository.TreeEntry{}, &sourceError{err}
 	}
-	return w.Renewed(), w.Flush(ctx)
+	return h.regrowEntry(ctx, k, from, path, e)
+}
+
+func (h *healing) regrowEntry(ctx context.Context, k *repository.Remake, from adapters.Tree, path string, e adapters.Entry) (repository.TreeEntry, error) {
+	switch e.Type {
+	case adapters.Directory:
+	case adapters.RegularFile:
+		return h.name(ctx, from, path, e)
+	default:
+		return k.Text(ctx, e)
+	}
+	d := k.Directory()
+	for below, err := range from.Entries(ctx, path) {
+		if err != nil {
+			return repository.TreeEntry{}, &sourceError{err}
+		}
+		made, err := h.regrowEntry(ctx, k, from, join(path, below.Name), below)
+		if err == nil {
+			err = d.Add(made)
+		}
+		if err != nil {
+			return made, err
+		}
+	}
+	return d.Finish(ctx, e)
+}
+
+// name names what holds a file of a snapshot.
+func (h *healing) name(ctx context.Context, from adapters.Tree, path string, e adapters.Entry) (made repository.TreeEntry, err error) {
+	f, err := from.OpenFile(ctx, path)
+	if err != nil {
+		return made, &sourceError{err}
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	if f.Size() != e.Size {
+		return made, &sourceError{fault.Errorf(fault.Corrupt, "%q opens with %d bytes and is listed with %d", path, f.Size(), e.Size)}
+	}
+	if e.Size <= h.r.ChunkSize() {
+		if err := readFull(ctx, f, h.chunk.p, 0, e.Size); err != nil {
+			return made, &sourceError{err}
+		}
+		return h.r.ChunkOf(h.chunk.p[:e.Size]).Holding(e), nil
+	}
+	segments, err := h.fileSegments(ctx, f)
+	if err != nil {
+		return made, err
+	}
+	image, err := h.r.ImageOf(segments)
+	return image.Holding(e), err
 }

@@ -65,13 +65,13 @@ type treeWalker struct {
 }
 
 // hurt notes a fault of the backup, and returns an error that is not one.
-func (w *treeWalker) hurt(err error, part Part, path string, length int64) error {
+func (w *treeWalker) hurt(err error, part Part, path string, e repository.TreeEntry, length int64) error {
 	if err == nil || fault.KindOf(err) != fault.Corrupt {
 		return err
 	}
 	w.hurtsMu.Lock()
 	defer w.hurtsMu.Unlock()
-	w.hurts = append(w.hurts, Hurt{Part: part, Length: length, Why: fmt.Sprintf("%q: %v", path, err), data: length})
+	w.hurts = append(w.hurts, Hurt{Part: part, Length: length, Why: fmt.Sprintf("%q: %v", path, err), data: length, path: path, entry: e})
 	return nil
 }
 
@@ -79,13 +79,13 @@ func (w *treeWalker) hurt(err error, part Part, path string, length int64) error
 func (w *treeWalker) directory(ctx context.Context, path string, dir repository.TreeEntry) (repository.Count, error) {
 	counted := repository.Count{Entries: 1}
 	if err := w.contents(ctx, dir); err != nil {
-		return dir.Count(), w.hurt(err, DirectoryPart, path, dir.Count().Bytes)
+		return dir.Count(), w.hurt(err, DirectoryPart, path, dir, dir.Count().Bytes)
 	}
 	var jobs work
 	var whole error
 	for e, err := range w.t.Below(ctx, dir) {
 		if err != nil {
-			whole = w.hurt(err, DirectoryPart, path, dir.Count().Bytes-counted.Bytes)
+			whole = w.hurt(err, DirectoryPart, path, dir, dir.Count().Bytes-counted.Bytes)
 			counted = dir.Count() // one fault is enough
 			break
 		}
@@ -101,7 +101,7 @@ func (w *treeWalker) entry(ctx context.Context, path string, e repository.TreeEn
 	case adapters.Directory:
 		counted, err := w.directory(ctx, path, e)
 		if err == nil && counted != e.Count() {
-			err = w.hurt(fault.Errorf(fault.Corrupt, "it has %+v, its entry says %+v", counted, e.Count()), DirectoryPart, path, 0)
+			err = w.hurt(fault.Errorf(fault.Corrupt, "it has %+v, its entry says %+v", counted, e.Count()), DirectoryPart, path, e, 0)
 		}
 		return err
 	case adapters.RegularFile:
@@ -112,7 +112,7 @@ func (w *treeWalker) entry(ctx context.Context, path string, e repository.TreeEn
 		if !w.known {
 			w.progress.Done.Add(e.Size)
 		}
-		return w.hurt(err, FilePart, path, e.Size)
+		return w.hurt(err, FilePart, path, e, e.Size)
 	case adapters.Symlink:
 		err := w.contents(ctx, e)
 		if err == nil && !w.quick {
@@ -121,9 +121,9 @@ func (w *treeWalker) entry(ctx context.Context, path string, e repository.TreeEn
 				err = fault.Errorf(fault.Corrupt, "it leads to %q for kopia, and to %q", text, e.Target)
 			}
 		}
-		return w.hurt(err, FilePart, path, 0)
+		return w.hurt(err, FilePart, path, e, 0)
 	}
-	return w.hurt(w.contents(ctx, e), FilePart, path, 0)
+	return w.hurt(w.contents(ctx, e), FilePart, path, e, 0)
 }
 
 // contents looks at all contents that hold an entry, as far as nobody did before, and says what is wrong with the first that

@@ -25,7 +25,8 @@ type Healer struct {
 	kopia   repo.DirectRepositoryWriter
 	put     func(ctx context.Context, p []byte, prefix content.IDPrefix, comp compression.HeaderID) (content.ID, error)
 	pending int64
-	Stored  int64 // contents stored again
+	remade  map[content.ID]bool // what Remake has stored
+	Stored  int64               // contents stored again
 }
 
 // healFlush is how many bytes are stored before they become part of the repository.
@@ -43,7 +44,7 @@ func (m *Medium) NewHealer(ctx context.Context) (*Healer, error) {
 	}
 	c := k.ContentManager()
 	c.DisableIndexFlush(ctx)
-	h := &Healer{r: r, m: m, kopia: k}
+	h := &Healer{r: r, m: m, kopia: k, remade: map[content.ID]bool{}}
 	h.put = func(ctx context.Context, p []byte, prefix content.IDPrefix, comp compression.HeaderID) (content.ID, error) {
 		b := argument(c.WriteContent)
 		b.Slices = [][]byte{p}
@@ -151,20 +152,24 @@ type part struct {
 
 func (h *Healer) storeBad(ctx context.Context, parts []part) error {
 	for _, p := range parts {
-		_, err := h.m.locate(ctx, p.id)
-		if err == nil {
-			_, err = h.r.read(ctx, h.m.back.contents, p.id)
+		bad, err := h.m.lacks(ctx, p.id)
+		if err == nil && bad {
+			err = h.store(ctx, p.id, p.p, indexCompressor)
 		}
-		if err == nil {
-			continue
-		} else if !isCorrupt(err) {
-			return err
-		}
-		if err := h.store(ctx, p.id, p.p, indexCompressor); err != nil {
+		if err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// lacks says that a content cannot be read.
+func (m *Medium) lacks(ctx context.Context, id content.ID) (bool, error) {
+	_, err := m.Check(ctx, Chunk{id}, false)
+	if isCorrupt(err) {
+		return true, nil
+	}
+	return false, err
 }
 
 // CanDescribe says whether the directory and the description could be stored again by Description.

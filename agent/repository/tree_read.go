@@ -237,7 +237,7 @@ func (t *Tree) OpenFile(ctx context.Context, path string) (adapters.File, error)
 // Open opens the file that an entry of this tree is.
 func (t *Tree) Open(ctx context.Context, e TreeEntry) (adapters.File, error) {
 	if _, ok := e.object.IndexObjectID(); ok {
-		i, err := t.r.openImage(ctx, t.contents, Backup{Image: ImageID{e.object}, Size: e.Size})
+		i, err := t.r.openImage(ctx, t.contents, e.AsImage())
 		if err != nil {
 			return nil, err
 		}

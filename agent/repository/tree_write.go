@@ -19,8 +19,13 @@ type DirectoryWriter struct {
 	only    *session // to be written through; nil: the writer's of the moment
 	session *session // once something is written
 	out     object.Writer
-	buf     []byte
 	all     []byte // of a large directory, while something may have to be stored anew
+	directoryText
+}
+
+// directoryText is a directory's JSON as it grows.
+type directoryText struct {
+	buf     []byte
 	last    TreeEntry
 	count   int
 	summary fs.DirectorySummary
@@ -31,11 +36,20 @@ const directoryBuffer = 1 << 20
 
 // NewDirectory begins a directory. Close it.
 func (w *Writer) NewDirectory() *DirectoryWriter {
-	return &DirectoryWriter{w: w, buf: []byte(directoryHead)}
+	return &DirectoryWriter{w: w, directoryText: newDirectoryText()}
 }
 
 // Add appends an entry. They come in a tree's order: directories first, then everything else, each by name.
 func (d *DirectoryWriter) Add(ctx context.Context, e TreeEntry) error {
+	if err := d.add(e); err != nil || len(d.buf) < directoryBuffer {
+		return err
+	}
+	return d.flush(ctx)
+}
+
+func newDirectoryText() directoryText { return directoryText{buf: []byte(directoryHead)} }
+
+func (d *directoryText) add(e TreeEntry) error {
 	if d.count > 0 && !d.last.Before(e.Entry) {
 		return fmt.Errorf("the entry %q comes after %q", e.Name, d.last.Name)
 	}
@@ -49,10 +63,18 @@ func (d *DirectoryWriter) Add(ctx context.Context, e TreeEntry) error {
 	d.buf = append(d.buf, text...)
 	d.last = e
 	addSummary(&d.summary, e)
-	if len(d.buf) < directoryBuffer {
-		return nil
+	return nil
+}
+
+// end closes the directory that self describes.
+func (d *directoryText) end(self adapters.Entry) error {
+	d.summary.TotalDirCount++
+	if d.count == 0 {
+		d.summary.MaxModTime = fs.UTCTimestampFromTime(self.Modified)
 	}
-	return d.flush(ctx)
+	text, err := json.Marshal(&d.summary)
+	d.buf = fmt.Appendf(d.buf, "],\"summary\":%s}\n", text)
+	return err
 }
 
 // addSummary counts an entry as kopia does.
@@ -98,15 +120,10 @@ func (d *DirectoryWriter) flush(ctx context.Context) error {
 // Finish stores the directory, and gives it as an entry that is described by self.
 func (d *DirectoryWriter) Finish(ctx context.Context, self adapters.Entry) (TreeEntry, error) {
 	e := TreeEntry{Entry: self, summary: &d.summary}
-	d.summary.TotalDirCount++
-	if d.count == 0 {
-		d.summary.MaxModTime = fs.UTCTimestampFromTime(self.Modified)
-	}
-	text, err := json.Marshal(&d.summary)
+	err := d.end(self)
 	if err != nil {
 		return e, err
 	}
-	d.buf = fmt.Appendf(d.buf, "],\"summary\":%s}\n", text)
 	if d.out == nil {
 		put := d.w.put
 		if d.only != nil {

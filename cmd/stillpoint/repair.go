@@ -19,14 +19,17 @@ func (a *app) repairCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "repair (BACKUP... | --all)",
 		Short: "Say which backups are hurt, and store again what snapshots still have",
-		Long: `Say which backups are hurt by what is lost or has rotted in a remote, at which offsets, and store it again where it can be
-found: the bytes of a volume in a snapshot that still exists, indexes from the blobs they are about, descriptions from
-one another. Everything gets the name that it had, so that all backups that share it are whole again. What cannot be
-repaired is said, and the backups are marked as suspect.
+		Long: `Say which backups are hurt by what is lost or has rotted in a remote, at which offsets or paths, and store it again where
+it can be found: the bytes of a volume, and the files and directories of a tree, in any snapshot of it that still exists,
+indexes from the blobs they are about, descriptions from one another. Everything gets the name that it had, so that all
+backups that share it are whole again. What cannot be repaired is said, and the backups are marked as suspect.
 
 First the remote as a whole is put in order, as far as that is needed to open it. Then the named backups, or all, are
 read and checked; at the end those that were hurt are checked once more. It may be interrupted at any time and begun
-anew.`,
+anew.
+
+A dry run reads the same and looks into the same snapshots. What a lost index or directory refers to shows only when that
+is whole, so there may be more to be stored again than it says.`,
 		Args: arguments(0, -1, "backups"),
 		RunE: func(c *cobra.Command, args []string) (err error) {
 			if err := allOrSome(c, all, args); err != nil {
