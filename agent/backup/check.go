@@ -3,6 +3,7 @@ package backup
 import (
 	"context"
 	"fmt"
+	"iter"
 	"slices"
 	"strings"
 	"sync"
@@ -107,10 +108,7 @@ func (c *checker) backup(ctx context.Context, b repository.Backup) (f finding, e
 // image looks at the segments that are new, and says how many bytes of data are in chunks that were.
 func (c *checker) image(ctx context.Context, image *repository.Image) (int64, error) {
 	var read atomic.Int64
-	g, ctx := errgroup.WithContext(ctx)
-	jobs := make(chan int)
-	g.Go(func() error {
-		defer close(jobs)
+	err := c.share(ctx, func(yield func(checkJob) bool) {
 		for n := range image.Segments() {
 			s, _ := image.Segment(n)
 			c.mu.Lock()
@@ -121,10 +119,26 @@ func (c *checker) image(ctx context.Context, image *repository.Image) (int64, er
 			c.mu.Unlock()
 			if known {
 				c.progress.Done.Add(data)
-				continue
+			} else if !yield(func(ctx context.Context, w *checkWorker) error { return w.segment(ctx, image, n, &read) }) {
+				return
 			}
+		}
+	})
+	return read.Load(), err
+}
+
+// checkJob is work for any worker.
+type checkJob func(context.Context, *checkWorker) error
+
+// share has the workers do jobs until all are done or one failed, and returns when none works any more.
+func (c *checker) share(ctx context.Context, all iter.Seq[checkJob]) error {
+	g, ctx := errgroup.WithContext(ctx)
+	jobs := make(chan checkJob)
+	g.Go(func() error {
+		defer close(jobs)
+		for j := range all {
 			select {
-			case jobs <- n:
+			case jobs <- j:
 			case <-ctx.Done():
 				return ctx.Err()
 			}
@@ -138,16 +152,15 @@ func (c *checker) image(ctx context.Context, image *repository.Image) (int64, er
 				return err
 			}
 			defer w.free()
-			for n := range jobs {
-				if err := w.segment(ctx, image, n, &read); err != nil {
+			for j := range jobs {
+				if err := j(ctx, w); err != nil {
 					return err
 				}
 			}
 			return nil
 		})
 	}
-	err := g.Wait()
-	return read.Load(), err
+	return g.Wait()
 }
 
 // checkWorker is one goroutine's.
@@ -285,35 +298,14 @@ func (c *checker) rest(ctx context.Context) ([]loose, error) {
 	if err != nil {
 		return nil, err
 	}
-	g, ctx := errgroup.WithContext(ctx)
-	jobs := make(chan func(context.Context, *repository.Reader) error)
-	g.Go(func() error {
-		defer close(jobs)
+	err = c.share(ctx, func(yield func(checkJob) bool) {
 		for _, j := range work {
-			select {
-			case jobs <- j:
-			case <-ctx.Done():
-				return ctx.Err()
+			if !yield(func(ctx context.Context, w *checkWorker) error { return j(ctx, w.in) }) {
+				return
 			}
 		}
-		return nil
 	})
-	for range c.workers {
-		g.Go(func() error {
-			w, err := c.worker()
-			if err != nil {
-				return err
-			}
-			defer w.free()
-			for j := range jobs {
-				if err := j(ctx, w.in); err != nil {
-					return err
-				}
-			}
-			return nil
-		})
-	}
-	if err := g.Wait(); err != nil {
+	if err != nil {
 		return nil, err
 	}
 	for s := range c.broken {
