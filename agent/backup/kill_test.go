@@ -1,12 +1,10 @@
 package backup
 
 import (
-	"bufio"
 	"context"
 	"fmt"
 	"math/rand/v2"
 	"os"
-	"os/exec"
 	"testing"
 	"time"
 
@@ -58,10 +56,36 @@ func (k *killVolume) next(ctx context.Context) (adapters.SnapshotID, error) {
 	return s.ID, k.adapter.Publish(ctx, s.ID, adapters.Notes{})
 }
 
+func (k *killVolume) from() adapters.Adapter { return k.adapter }
+
+func (k *killVolume) holds(w *world, handle string) {
+	mustEqual(w.t, handle, w.content(handle), k.model)
+}
+
 func killID(run uint64, round int) string { return fmt.Sprintf("run-%d-%d", run, round) }
 
-// killedChild makes backups of the volume until it is killed.
-func killedChild() error {
+// killSource is a volume that is backed up until somebody is killed: the same in every process, by its run and round.
+type killSource interface {
+	from() adapters.Adapter
+	next(context.Context) (adapters.SnapshotID, error) // begins a round and cuts it
+	holds(w *world, handle string)                     // fails the test unless the backup is of this round
+}
+
+// killedForm is a form of volumes to be killed with.
+type killedForm struct {
+	make func(run uint64) (killSource, error)
+	pace Pace // of the child's checkpoints
+	runs int
+	most int // backups that a child makes
+}
+
+var killedForms = map[string]killedForm{
+	"kill":      {func(run uint64) (killSource, error) { return newKillVolume(run) }, Pace{}, 24, 3},
+	"kill-tree": {func(run uint64) (killSource, error) { return newKillTree(run) }, Pace{Bytes: 1, Time: 1}, 8, 4},
+}
+
+// killedChild makes backups until it is killed.
+func killedChild(f killedForm) error {
 	ctx := context.Background()
 	var run uint64
 	if _, err := fmt.Sscan(os.Getenv("RUN"), &run); err != nil {
@@ -71,17 +95,17 @@ func killedChild() error {
 	if err != nil {
 		return err
 	}
-	k, err := newKillVolume(run)
+	k, err := f.make(run)
 	if err != nil {
 		return err
 	}
 	fmt.Println("open")
-	for {
+	for round := 1; ; round++ {
 		s, err := k.next(ctx)
 		if err != nil {
 			return err
 		}
-		report, err := Run(ctx, Request{Adapter: k.adapter, Snapshot: s, Repository: r, ID: killID(run, k.round)})
+		report, err := Run(ctx, Request{Adapter: k.from(), Snapshot: s, Repository: r, ID: killID(run, round), Pace: f.pace})
 		if err != nil {
 			return err
 		}
@@ -96,33 +120,37 @@ const killsEach = 10
 // and the next backup is right.
 func TestKilled(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, killChunk, killSize)
-	runs := kills(24)
+	killBackups(t, newWorld(t, killChunk, killSize), "kill")
+}
+
+func killBackups(t *testing.T, w *world, what string) {
+	f := killedForms[what]
+	runs := kills(f.runs)
 	rng := rand.New(rand.NewPCG(uint64(time.Now().UnixNano()), 0))
 	full, incremental := 0, 0
-	// The first run is killed after its third backup, and says how long that takes here; the others any time until then.
-	const most = 3
+	// The first run is killed after its last backup, and says how long that takes here; the others any time until then.
 	pace := time.Hour
 	for run := range uint64(runs) {
 		after := pace
 		if run > 0 {
 			after = time.Duration(rng.Int64N(int64(pace)))
 		}
-		started := time.Now()
 		if run > 0 && run%killsEach == 0 {
 			w.anew(killChunk)
 		}
-		reported := killSomewhere(t, "kill", w.at, run, after, most)
+		c := runChild(t, what, after, f.most, "REPOSITORY="+w.at.Path, fmt.Sprint("RUN=", run))
+		if !c.killed {
+			t.Fatal("the child ended by itself")
+		}
 		if run == 0 {
-			pace = time.Since(started)
+			pace = c.lived
 		}
 		w.sound()
 
-		k, err := newKillVolume(run)
+		k, err := f.make(run)
 		if err != nil {
 			t.Fatal(err)
 		}
-		seen := 0
 		for round := 1; ; round++ {
 			s, err := k.next(t.Context())
 			if err != nil {
@@ -135,19 +163,18 @@ func TestKilled(t *testing.T) {
 				} else {
 					incremental++
 				}
-				seen++
-				mustEqual(t, b.ID, w.content(b.Handle.String()), k.model)
+				k.holds(w, b.Handle.String())
 				continue
 			}
 			// The first round that the child did not finish.
-			if seen < reported {
-				t.Fatalf("%d backups were reported, %d are there: %v", reported, seen, err)
+			if round <= len(c.said) {
+				t.Fatalf("%d backups were reported, the %d. is not there: %v", len(c.said), round, err)
 			}
-			r, err := Run(t.Context(), Request{Adapter: k.adapter, Snapshot: s, Repository: w.repo, ID: killID(run, round)})
+			r, err := Run(t.Context(), Request{Adapter: k.from(), Snapshot: s, Repository: w.repo, ID: killID(run, round)})
 			if err != nil {
 				t.Fatal(err)
 			}
-			mustEqual(t, "the next", w.content(r.Backup), k.model)
+			k.holds(w, r.Backup)
 			break
 		}
 		if left := blobs(t, w.at, ".partial"); len(left) > 0 {
@@ -158,37 +185,4 @@ func TestKilled(t *testing.T) {
 	if full == 0 || incremental == 0 {
 		t.Error("no child came far enough")
 	}
-}
-
-// killSomewhere starts a child and kills it after a while or when it has made the most it should. It returns how many
-// backups the child reported.
-func killSomewhere(t *testing.T, what string, at repository.Location, run uint64, after time.Duration, most int) int {
-	t.Helper()
-	child := exec.Command(os.Args[0])
-	child.Env = append(os.Environ(), childVariable+"="+what, "REPOSITORY="+at.Path, fmt.Sprint("RUN=", run))
-	child.Stderr = os.Stderr
-	out, err := child.StdoutPipe()
-	if err == nil {
-		err = child.Start()
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	lines := bufio.NewScanner(out)
-	if !lines.Scan() || lines.Text() != "open" {
-		child.Process.Kill()
-		t.Fatalf("the child says %q: %v", lines.Text(), child.Wait())
-	}
-	timer := time.AfterFunc(after, func() { child.Process.Kill() })
-	defer timer.Stop()
-	reported := 0
-	for lines.Scan() {
-		if reported++; reported == most {
-			child.Process.Kill()
-		}
-	}
-	if err := child.Wait(); err == nil || child.ProcessState.Exited() {
-		t.Fatalf("the child ended by itself: %v", err)
-	}
-	return reported
 }

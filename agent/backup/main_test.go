@@ -10,14 +10,14 @@ import (
 
 // children are what this test program does when a test starts it again, by the value of childVariable.
 var children = map[string]func() error{
-	"kill":    killedChild,
+	"kill":    func() error { return killedChild(killedForms["kill"]) },
 	"sparse":  sparseChild,
 	"dense":   denseChild,
 	"restore": restoringChild,
 	"resume":  resumedChild,
 	"repair":  repairChild,
 
-	"kill-tree": killedTreeChild,
+	"kill-tree": func() error { return killedChild(killedForms["kill-tree"]) },
 	"plant":     plantingChild,
 	"wide":      wideChild,
 }

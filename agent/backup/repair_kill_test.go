@@ -1,14 +1,11 @@
 package backup
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
-	"os/exec"
-	"strings"
 	"testing"
 	"time"
 
@@ -33,7 +30,7 @@ func repairChild() error {
 			return err
 		}
 	}
-	fmt.Println("ready")
+	fmt.Println("open")
 	if _, err := repository.Mend(ctx, at, passphrase, repository.OpenOptions{Host: "test"}, false); err != nil {
 		return err
 	}
@@ -141,24 +138,6 @@ func (w *sick) badness() map[string]int64 {
 // repairUntil runs a repair and kills it after a while. It says whether the repair ended before, and how long it took.
 func repairUntil(t *testing.T, at repository.Location, after time.Duration) (done bool, took time.Duration) {
 	t.Helper()
-	child := exec.Command(os.Args[0])
-	child.Env = append(os.Environ(), childVariable+"=repair", "REPOSITORY="+at.Path)
-	var said strings.Builder
-	child.Stderr = &said
-	out, err := child.StdoutPipe()
-	if err == nil {
-		err = child.Start()
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	bufio.NewScanner(out).Scan()
-	started := time.Now()
-	timer := time.AfterFunc(after, func() { child.Process.Kill() })
-	defer timer.Stop()
-	err = child.Wait()
-	if err != nil && child.ProcessState.Exited() {
-		t.Fatalf("the repair failed: %v\n%s", err, said.String())
-	}
-	return err == nil, time.Since(started)
+	c := runChild(t, "repair", after, 0, "REPOSITORY="+at.Path)
+	return !c.killed, c.lived
 }

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -61,32 +60,13 @@ func TestKilledRestore(t *testing.T) {
 		if run > 0 {
 			after = time.Duration(rng.Int64N(int64(pace)))
 		}
-		child := exec.Command(os.Args[0])
-		child.Env = append(os.Environ(), childVariable+"=restore", "REPOSITORY="+w.at.Path, "BACKUP="+id, "FILE="+file)
-		child.Stderr = os.Stderr
-		out, err := child.StdoutPipe()
-		if err == nil {
-			err = child.Start()
-		}
-		if err == nil {
-			_, err = out.Read(make([]byte, len("open\n")))
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		began := time.Now()
-		timer := time.AfterFunc(after, func() { child.Process.Kill() })
-		err = child.Wait()
-		timer.Stop()
-		if child.ProcessState.Exited() && err != nil {
-			t.Fatalf("the child failed: %v", err)
-		}
-		if !child.ProcessState.Exited() {
+		c := runChild(t, "restore", after, 0, "REPOSITORY="+w.at.Path, "BACKUP="+id, "FILE="+file)
+		if c.killed {
 			killed++
 			w.sound()
 		}
 		if run == 0 {
-			pace = time.Since(began)
+			pace = c.lived
 		}
 		if _, err := os.Stat(file); err == nil {
 			whole++

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"iter"
 	"os"
-	"os/exec"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -140,6 +139,7 @@ func resumedChild() error {
 	if err != nil {
 		return err
 	}
+	fmt.Println("open")
 	_, err = Run(ctx, resumeRequest(r, a, os.Getenv("SNAPSHOT")))
 	return fmt.Errorf("it was not killed: %w", err)
 }
@@ -158,11 +158,8 @@ func TestResume(t *testing.T) {
 		kind     repository.Kind
 	}{{"first", resumeSize, repository.Full}, {"second", changedBytes, repository.Incremental}} {
 		path := t.TempDir() + "/counter"
-		child := exec.CommandContext(t.Context(), os.Args[0])
-		child.Env = append(os.Environ(), childVariable+"=resume", "REPOSITORY="+w.at.Path, "COUNTER="+path, "SNAPSHOT="+c.snapshot, fmt.Sprint("AT=", c.total/2))
-		child.Stderr = os.Stderr
-		if err := child.Run(); err == nil || child.ProcessState.Exited() {
-			t.Fatalf("the child was not killed: %v", err)
+		if c := runChild(t, "resume", time.Hour, 0, "REPOSITORY="+w.at.Path, "COUNTER="+path, "SNAPSHOT="+c.snapshot, fmt.Sprint("AT=", c.total/2)); !c.killed {
+			t.Fatal("the child was not killed")
 		}
 		newKopia(t, w.at).run("maintenance", "run", "--full", "--safety=none")
 
