@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync/atomic"
@@ -243,6 +242,7 @@ func plantingChild() error {
 	if err != nil {
 		return err
 	}
+	fmt.Println("open")
 	die := &breaker{at: at, do: func() {
 		syscall.Kill(os.Getpid(), syscall.SIGKILL)
 		time.Sleep(time.Hour)
@@ -261,11 +261,8 @@ func TestTreeRestoreResumedKilled(t *testing.T) {
 	const step = 8 << 20
 	out := filepath.Join(lab.Test(t).Dir, "out")
 	for range 2 {
-		child := exec.Command(os.Args[0])
-		child.Env = append(os.Environ(), childVariable+"=plant", "REPOSITORY="+g.at.Path, "BACKUP="+id, "DIRECTORY="+out, fmt.Sprint("AT=", step))
-		text, err := child.CombinedOutput()
-		if err == nil || child.ProcessState.Exited() {
-			t.Fatalf("the child was not killed: %v: %s", err, text)
+		if c := runChild(t, "plant", time.Hour, 0, "REPOSITORY="+g.at.Path, "BACKUP="+id, "DIRECTORY="+out, fmt.Sprint("AT=", step)); !c.killed {
+			t.Fatal("the child was not killed")
 		}
 	}
 	r, err := Restore(t.Context(), RestoreRequest{Source: FromBackup(g.repo, id), Directory: out})
