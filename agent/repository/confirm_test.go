@@ -197,3 +197,16 @@ func TestWorthlessCheckpointGoes(t *testing.T) {
 	}
 	a.check()
 }
+
+// readsBack is a check of a commit that reads chunks.
+func readsBack(offsets ...int64) func(context.Context, *Image) error {
+	return func(ctx context.Context, back *Image) error {
+		p := make([]byte, back.r.ChunkSize())
+		for _, off := range offsets {
+			if _, err := back.ReadAt(ctx, p, off); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+}
