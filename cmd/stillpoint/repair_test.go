@@ -73,22 +73,7 @@ func TestVerifyAndRepair(t *testing.T) {
 		t.Errorf("against another: %d, %s%s", code, text, errs)
 	}
 
-	var largest string
-	var size int64
-	filepath.WalkDir(filepath.Join(remote, "p"), func(path string, d os.DirEntry, err error) error {
-		if info, err := d.Info(); err == nil && !d.IsDir() && info.Size() > size {
-			largest, size = path, info.Size()
-		}
-		return err
-	})
-	p, err := os.ReadFile(largest)
-	if err == nil {
-		p[len(p)/2] ^= 1
-		err = os.WriteFile(largest, p, 0o600)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
+	rot(t, remote)
 	code, text, errs = call("verify", second)
 	if code != 6 || !strings.Contains(text, "bad: "+second+": 65536 bytes at ") || !strings.Contains(errs, "stillpoint repair "+second) {
 		t.Errorf("rot: %d, %s%s", code, text, errs)
@@ -142,5 +127,33 @@ func TestAges(t *testing.T) {
 		if got := age(d); got != want {
 			t.Errorf("%v: %q", d, got)
 		}
+	}
+}
+
+// rot changes a bit in the middle of the largest pack of data.
+func rot(t *testing.T, remote string) {
+	t.Helper()
+	var largest string
+	var size int64
+	err := filepath.WalkDir(filepath.Join(remote, "p"), func(path string, d os.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		info, err := d.Info()
+		if err == nil && info.Size() > size {
+			largest, size = path, info.Size()
+		}
+		return err
+	})
+	var p []byte
+	if err == nil {
+		p, err = os.ReadFile(largest)
+	}
+	if err == nil {
+		p[len(p)/2] ^= 1
+		err = os.WriteFile(largest, p, 0o600)
+	}
+	if err != nil {
+		t.Fatal(err)
 	}
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"crypto/rand"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -10,11 +11,12 @@ import (
 	"stillpoint.io/stillpoint/integration/lab"
 )
 
-// A subvolume of btrfs from cut to restore, by the commands: the same as for a disk image, and ls, and one file of it.
+// A subvolume of btrfs from cut to restore, by the commands: the same as for a disk image, and ls, one file of it, and
+// the repair of one.
 func TestTreeStory(t *testing.T) {
 	l := lab.Test(t)
 	programs(t)
-	environment(t, l.Dir)
+	remote, _ := environment(t, l.Dir)
 	pool, err := l.Pool(t.Context(), "pool", "btrfs", 1<<30)
 	if err != nil {
 		t.Fatal(err)
@@ -89,5 +91,29 @@ func TestTreeStory(t *testing.T) {
 	refuses(t, 4, []string{"exists"}, "restore", r.Backup, "reflink:"+volume)
 	must(t, "restore", r.Backup, filepath.Join(l.Dir, "all"))
 	read(filepath.Join(l.Dir, "all", "var/log/now"), "now")
+
+	// Rot in a file of the tree is planned by a dry run and repaired from the snapshot, which has it at the same path.
+	noise := make([]byte, 4<<20)
+	rand.Read(noise)
+	write("srv/noise", string(noise))
+	three := decode[cutJSON](t, must(t, "cut", "--json", "--name", "three", "reflink:"+tree))[0].Snapshots[0]
+	third := decode[report](t, must(t, "backup", "--json", three))[0].Backup
+	if text := must(t, "verify", "--against", three, third); !strings.Contains(text, "the same as "+three) {
+		t.Errorf("verify --against: %s", text)
+	}
+	rot(t, remote)
+	if code, text, errs := call("verify", third); code != 6 || !strings.Contains(text, "bad: "+third) || !strings.Contains(text, `the file "srv/noise"`) {
+		t.Errorf("rot: %d, %s%s", code, text, errs)
+	}
+	if text := must(t, "repair", "--dry-run", third); strings.Count(text, "can be made whole") != 1 || !strings.Contains(text, "1 contents could be stored again") {
+		t.Errorf("repair --dry-run: %s", text)
+	}
+	if code, _, _ := call("verify", third); code != 6 {
+		t.Error("a dry run has repaired it")
+	}
+	if text := must(t, "repair", third); strings.Count(text, "is whole again") != 1 || !strings.Contains(text, "1 contents stored again") {
+		t.Errorf("repair: %s", text)
+	}
+	must(t, "verify", "--all")
 	must(t, "forget", "--force", r.Backup)
 }
