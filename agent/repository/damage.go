@@ -267,19 +267,6 @@ func (n *renewal) store(ctx context.Context, m *content.WriteManager, id content
 	return id, err
 }
 
-// renew stores those parts of an object anew that are damaged: kopia's own writer of objects dedupes against them.
-func (s *session) renew(ctx context.Context, parts []part) error {
-	for _, p := range parts {
-		if !s.renewal.has(p.id) {
-			continue
-		}
-		if _, err := s.put(ctx, p.p, p.id.Prefix(), indexCompressor); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
 // sound makes sure, before a backup is committed, that it refers to nothing that is known to be damaged: somebody may have
 // found that out while it was made.
 func (w *Writer) sound(ctx context.Context, back *reader, b Backup) error {
