@@ -170,26 +170,19 @@ type VolumeSpec struct {
 	Overwrite bool // write over an existing volume, which must be of Size or larger, instead of making a new one
 }
 
-// Target is a volume being filled. WriteAt and Zero take any range within it (Invalid beyond) and are safe in parallel on
-// ranges that do not overlap. Between two writes to one range, the later wins; what an error interrupts may be written in
-// part and is written again.
+// Target is a volume being filled, as a file of a tree is. What an error interrupts may be written in part and is written
+// again. ReadAt gives what the target holds as far as it is known to: of an overwritten volume, and of what was written, also
+// before its process died; a backend that cannot read a target is Unsupported. Fresh says that the target is new, and that
+// this is its first Begin. Close keeps a new target for a later Begin with the same token.
 type Target interface {
-	WriteAt(ctx context.Context, p []byte, off int64) error
-	// ReadAt fills p with what the target holds, as far as it is known to: of an overwritten volume, and of what was
-	// written, also before its process died. Beyond its end is Invalid; a backend that cannot read a target is Unsupported.
-	ReadAt(ctx context.Context, p []byte, off int64) error
-	// Fresh says that nothing was written to the target before this Begin: it is new, and its first one.
-	Fresh() bool
-	// Zero makes the range read as zeros, whatever it held.
-	Zero(ctx context.Context, off, length int64) error
+	FileTarget
 	// ReadsZero says that every byte not yet written reads as zero, so Zero can be left out.
 	ReadsZero() bool
 	// Commit makes what was written durable and the volume visible. Target is closed afterwards, also on an error.
 	Commit(ctx context.Context) (Volume, error)
-	// Abort removes a new target; an overwritten volume stays as far as it was written. Close keeps a new target for
-	// a later Begin with the same token. Each closes the target; on a closed one they do nothing.
+	// Abort removes a new target; an overwritten volume stays as far as it was written. Like Close it closes the target, and
+	// on a closed one both do nothing.
 	Abort(ctx context.Context) error
-	Close() error
 }
 
 // Volume is a volume as the backend sees it now. Size is bytes.

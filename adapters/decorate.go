@@ -221,39 +221,23 @@ func (r restorer) Begin(ctx context.Context, spec VolumeSpec) (Target, error) {
 		}
 		return nil, err
 	}
-	return target{r.layered, t}, nil
+	return target{fileTarget{r.layered, t}, t}, nil
 }
 
 type target struct {
-	layered
-	Target
+	fileTarget
+	inner Target
 }
 
-func (t target) WriteAt(ctx context.Context, p []byte, off int64) error {
-	return t.layer.Around(ctx, Call{"WriteAt", off, int64(len(p))}, func(ctx context.Context, c Call) error {
-		return t.Target.WriteAt(ctx, p[:c.Length], off)
-	})
-}
-
-func (t target) ReadAt(ctx context.Context, p []byte, off int64) error {
-	return t.layer.Around(ctx, Call{"ReadAt", off, int64(len(p))}, func(ctx context.Context, c Call) error {
-		return t.Target.ReadAt(ctx, p[:c.Length], off)
-	})
-}
-
-func (t target) Zero(ctx context.Context, off, length int64) error {
-	return t.layer.Around(ctx, Call{"Zero", off, length}, func(ctx context.Context, c Call) error {
-		return t.Target.Zero(ctx, off, c.Length)
-	})
-}
+func (t target) ReadsZero() bool { return t.inner.ReadsZero() }
 
 func (t target) Commit(ctx context.Context) (v Volume, err error) {
-	err = t.call(ctx, "Commit", func(ctx context.Context) error { v, err = t.Target.Commit(ctx); return err })
+	err = t.call(ctx, "Commit", func(ctx context.Context) error { v, err = t.inner.Commit(ctx); return err })
 	return v, err
 }
 
 func (t target) Abort(ctx context.Context) error {
-	return t.call(ctx, "Abort", t.Target.Abort)
+	return t.call(ctx, "Abort", t.inner.Abort)
 }
 
 // layered is what every decorated thing knows.

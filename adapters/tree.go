@@ -146,8 +146,8 @@ type TreeTarget interface {
 	Close() error
 }
 
-// FileTarget is a file being filled. WriteAt, ReadAt and Zero take any range within its size (Invalid beyond), and are safe
-// in parallel on ranges that do not overlap.
+// FileTarget is a file, or a volume, being filled. WriteAt, ReadAt and Zero take any range within its size (Invalid beyond),
+// and are safe in parallel on ranges that do not overlap. Of two writes to one range, the later wins.
 type FileTarget interface {
 	WriteAt(ctx context.Context, p []byte, off int64) error
 	// ReadAt fills p with what the file holds now.

@@ -75,9 +75,6 @@ func (k *keeper) step(ctx context.Context, done, read int64) error {
 	return nil
 }
 
-// busy says that a checkpoint is being taken.
-func (k *keeper) busy() bool { return k.running != nil && len(k.running) == 0 }
-
 // wait waits for the checkpoint that is being taken. After one that failed no other is taken: what it was to make durable is
 // lost, and a later one would build on that.
 func (k *keeper) wait() error {

@@ -92,19 +92,20 @@ func runTree(ctx context.Context, q Request, p Plan, started time.Time, report *
 	if p.Unfinished != nil {
 		g.w.Resume(*p.Unfinished)
 	}
+	g.keeper = keeper{pace: q.Pace, capture: func() func(context.Context) error {
+		part, bytes := g.sofar.part(), g.resumed.Load()+g.read.Load()
+		return func(ctx context.Context) error { return g.w.CheckpointTree(ctx, b, part, bytes) }
+	}}
 	if p.Resume != nil {
 		b.Started = p.Resume.Started
 		g.part = q.Repository.OpenTreePart(*p.Resume)
+		g.keeper.kept = p.Resume.Done
 	}
-	g.keeper = keeper{pace: q.Pace, capture: func() func(context.Context) error {
-		done, bytes := g.sofar.part(), g.resumed.Load()+g.read.Load()
-		return func(ctx context.Context) error { return g.w.CheckpointTree(ctx, b, done, bytes) }
-	}}
 
 	root, err := g.root(ctx)
 	err = errors.Join(err, g.keeper.wait())
 	if _, distrusted := errors.AsType[*distrustError](err); err != nil && !distrusted && fault.KindOf(err) != fault.Corrupt {
-		err = errors.Join(err, g.keeper.last(ctx, g.done()))
+		err = errors.Join(err, g.keeper.last(ctx, g.resumed.Load()+g.work()))
 	}
 	if err == nil {
 		err = g.audit(ctx)
@@ -295,9 +296,7 @@ func (g *grower) do(work, done func()) {
 // directory walks a directory. was is the base's, part an interrupted run's, nil for none.
 func (g *grower) directory(ctx context.Context, in *unfinished, path string, self adapters.Entry, was *repository.TreeEntry, part *repository.PartEntry) (repository.TreeEntry, error) {
 	g.dirsWalked.Add(1)
-	d := g.w.NewDirectory()
-	made, err := g.fill(ctx, d, g.sofar.begin(in, self), path, self, was, part)
-	err = errors.Join(err, d.Close())
+	made, err := g.fill(ctx, g.w.NewDirectory(), g.sofar.begin(in, self), path, self, was, part)
 	if err == nil {
 		g.written.offer(path)
 	}

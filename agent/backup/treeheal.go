@@ -23,14 +23,10 @@ func (h *healing) grown(ctx context.Context, b repository.Backup, hurt Hurt) (ok
 	case adapters.Directory:
 		ok, why, err = h.directory(ctx, b, hurt)
 	default: // its directory has what it holds
-		k := h.m.NewRemake()
-		made, err := k.Text(ctx, hurt.entry.Entry)
-		if err != nil || !made.Holds(hurt.entry) || k.Lost() == 0 {
-			return false, fmt.Sprintf("%q: its entry in the directory says something else", hurt.path), err
-		}
-		ok, err = true, h.remake(ctx, k)
-		if err != nil {
-			return false, "", err
+		var is remade
+		is, err = h.remake(hurt, func(k *repository.Remake) (repository.TreeEntry, error) { return k.Text(ctx, hurt.entry.Entry) })
+		if ok = is == remadeAsItWas; !ok {
+			why = fmt.Sprintf("%q: its entry in the directory says something else", hurt.path)
 		}
 	}
 	if ok && err == nil {
@@ -39,15 +35,32 @@ func (h *healing) grown(ctx context.Context, b repository.Backup, hurt Hurt) (ok
 	return ok, why, err
 }
 
-func (h *healing) remake(ctx context.Context, k *repository.Remake) error {
-	if h.to == nil {
-		h.count += int64(k.Lost())
-		return nil
+// remade is what came of making something again.
+type remade int
+
+const (
+	remadeOtherwise  remade = iota // something else came out
+	remadeForNothing               // it came out as it was, and nothing that it consists of is lost
+	remadeAsItWas                  // and what was lost is stored, or could be
+)
+
+// remake has grow make what is hurt again, and once more to store it when the same came out.
+func (h *healing) remake(hurt Hurt, grow func(*repository.Remake) (repository.TreeEntry, error)) (remade, error) {
+	k := h.m.NewRemake()
+	made, err := grow(k)
+	switch {
+	case err != nil || !made.Holds(hurt.entry):
+		return remadeOtherwise, err
+	case k.Lost() == 0:
+		return remadeForNothing, nil
+	case h.to == nil:
+		h.count += k.Lost()
+		return remadeAsItWas, nil
 	}
 	before := h.to.Stored
-	err := h.to.Remake(ctx, k)
+	_, err = grow(h.to.NewRemake())
 	h.count += h.to.Stored - before
-	return err
+	return remadeAsItWas, err
 }
 
 // file makes what is bad of a file again.
@@ -202,28 +215,29 @@ func (h *healing) fileSegments(ctx context.Context, f adapters.File) ([]reposito
 	return segments, nil
 }
 
-// directory makes a directory again, and those below it, for which everything in it is read.
+// directory makes a directory again, and those below it, for which everything in it is read, and again to be stored.
 func (h *healing) directory(ctx context.Context, b repository.Backup, hurt Hurt) (ok bool, why string, err error) {
 	all, why, err := h.sources.of(ctx, b)
 	if err != nil {
 		return false, "", err
 	}
 	for _, from := range all {
-		k := h.m.NewRemake()
-		made, err := h.regrow(ctx, k, from.tree, hurt.path)
+		is, err := h.remake(hurt, func(k *repository.Remake) (repository.TreeEntry, error) {
+			return h.regrow(ctx, k, from.tree, hurt.path)
+		})
 		if unread := (*sourceError)(nil); errors.As(err, &unread) && ctx.Err() == nil {
 			why = fmt.Sprintf("snapshot %s: %v", from.id, err)
 			continue
 		} else if err != nil {
 			return false, "", err
 		}
-		switch {
-		case !made.Holds(hurt.entry):
-			why = fmt.Sprintf("no snapshot of %s has the directory %q as it was", b.Volume, hurt.path)
-		case k.Lost() == 0:
+		switch is {
+		case remadeAsItWas:
+			return true, "", nil
+		case remadeForNothing:
 			return false, "what is there does not fit together: " + hurt.String(), nil
-		default:
-			return true, "", h.remake(ctx, k)
+		case remadeOtherwise:
+			why = fmt.Sprintf("no snapshot of %s has the directory %q as it was", b.Volume, hurt.path)
 		}
 	}
 	return false, why, nil
@@ -253,7 +267,7 @@ func (h *healing) regrowEntry(ctx context.Context, k *repository.Remake, from ad
 		}
 		made, err := h.regrowEntry(ctx, k, from, join(path, below.Name), below)
 		if err == nil {
-			err = d.Add(made)
+			err = d.Add(ctx, made)
 		}
 		if err != nil {
 			return made, err

@@ -100,21 +100,17 @@ func (s *sofar) partOf(u *unfinished) *repository.TreePart {
 	return p
 }
 
-// step takes a checkpoint if one is due and nobody else is about to. It does not wait for the one before: that may wait for
-// a large directory to be finished, perhaps the one that this is called for.
+// step takes a checkpoint if one is due. Everybody waits when the work is far ahead of the one that is being taken. What an
+// interrupted run had done counts, so that its checkpoint is not replaced by one that knows less.
 func (g *grower) step() error {
-	if !g.keeperMu.TryLock() {
-		return nil
-	}
+	g.keeperMu.Lock()
 	defer g.keeperMu.Unlock()
-	if g.keeper.busy() {
-		return nil
-	}
-	return g.keeper.step(g.ctx, g.done(), g.done())
+	work := g.work()
+	return g.keeper.step(g.ctx, g.resumed.Load()+work, work)
 }
 
-// done is how much was done, for the pace of checkpoints: bytes, and for each file that was read some more.
-func (g *grower) done() int64 {
+// work is how much this run did, for the pace of checkpoints: bytes, and for each file that was read some more.
+func (g *grower) work() int64 {
 	const perFile = 1 << 10
 	return g.read.Load() + perFile*g.filesRead.Load()
 }

@@ -49,7 +49,7 @@ func (w *Writer) Checkpoint(ctx context.Context, b Backup, done Part, base *Back
 		if base != nil {
 			files = append(files, &snapshot.DirEntry{Name: baseName, FileSize: base.Size, ObjectID: base.Image.id})
 		}
-		b.Image, err = done.store(ctx, w.r, s)
+		b.Image, err = done.store(ctx, s.put)
 		return append(files, &snapshot.DirEntry{Name: imageName, FileSize: done.Size, ObjectID: b.Image.id}), err
 	})
 }
@@ -57,7 +57,7 @@ func (w *Writer) Checkpoint(ctx context.Context, b Backup, done Part, base *Back
 // CheckpointTree is Checkpoint for a backup of the form tree, of which bytes are in files that are done.
 func (w *Writer) CheckpointTree(ctx context.Context, b Backup, done *TreePart, bytes int64) error {
 	return w.keep(ctx, b, bytes, func(s *session, b *Backup) ([]*snapshot.DirEntry, error) {
-		part, err := done.store(ctx, w, s)
+		part, err := done.store(ctx, s.put)
 		part.Name = treeName
 		b.Form, b.tree = adapters.TreeForm, &part
 		return nil, err

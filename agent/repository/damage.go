@@ -219,10 +219,9 @@ func (r *Repository) eachContent(ctx context.Context, from content.Reader, b Bac
 
 // renewal is how a writer stores anew what is known to be damaged. Nearly always nothing is.
 type renewal struct {
-	left    atomic.Int64 // how many of bad there are
-	renewed atomic.Int64 // how many were stored anew
-	mu      sync.Mutex
-	bad     map[content.ID]struct{}
+	left atomic.Int64 // how many of bad there are
+	mu   sync.Mutex
+	bad  map[content.ID]struct{}
 }
 
 func (n *renewal) begin(bad map[content.ID]struct{}) {
@@ -262,22 +261,8 @@ func (n *renewal) store(ctx context.Context, m *content.WriteManager, id content
 	if err == nil {
 		delete(n.bad, id)
 		n.left.Add(-1)
-		n.renewed.Add(1)
 	}
 	return id, err
-}
-
-// renew stores those parts of an object anew that are damaged: kopia's own writer of objects dedupes against them.
-func (s *session) renew(ctx context.Context, parts []part) error {
-	for _, p := range parts {
-		if !s.renewal.has(p.id) {
-			continue
-		}
-		if _, err := s.put(ctx, p.p, p.id.Prefix(), indexCompressor); err != nil {
-			return err
-		}
-	}
-	return nil
 }
 
 // sound makes sure, before a backup is committed, that it refers to nothing that is known to be damaged: somebody may have

@@ -3,13 +3,11 @@ package repository
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 
 	"github.com/kopia/kopia/repo"
 	"github.com/kopia/kopia/repo/compression"
 	"github.com/kopia/kopia/repo/content"
-	"github.com/kopia/kopia/repo/object"
 
 	"stillpoint.io/stillpoint/fault"
 )
@@ -23,9 +21,9 @@ type Healer struct {
 	r       *Repository
 	m       *Medium
 	kopia   repo.DirectRepositoryWriter
-	put     func(ctx context.Context, p []byte, prefix content.IDPrefix, comp compression.HeaderID) (content.ID, error)
+	put     storer
 	pending int64
-	remade  map[content.ID]bool // what Remake has stored
+	remade  map[content.ID]bool // what a Remake has stored: the Medium goes on saying that it is lost
 	Stored  int64               // contents stored again
 }
 
@@ -205,58 +203,15 @@ func (r *Repository) imagination(parts *[]part) *session {
 	}}
 }
 
-// objectPiece is how kopia's FIXED-1M splitter, which the repository was made with, cuts an object, in bytes.
-const objectPiece = 1 << 20
-
-// topLevel makes a top level as Part.store has kopia write it.
-func (r *Repository) topLevel(segments []Segment) ([]part, ImageID, error) {
-	if len(segments) == 0 {
-		p := part{id: r.idOf("", nil)}
-		return []part{p}, ImageID{object.DirectObjectID(p.id)}, nil
+// topLevel makes a top level as Part.store would store it.
+func (r *Repository) topLevel(segments []Segment) (parts []part, image ImageID, err error) {
+	var p Part
+	for _, s := range segments {
+		p.segments = append(p.segments, s.id)
+		p.Size += s.Length
 	}
-	all := []byte(indexHead)
-	var start int64
-	for n, s := range segments {
-		if n > 0 {
-			all = append(all, ',')
-		}
-		all = appendEntry(all, entry{start, s.Length, s.id})
-		start += s.Length
-	}
-	all = append(all, indexTail...)
-	parts, err := r.cut(all, indexPrefix)
-	if err != nil {
-		return nil, ImageID{}, err
-	}
-	top := "I" + parts[len(parts)-1].id.String()
-	if len(parts) > 1 {
-		top = "I" + top
-	}
-	image, err := parseImageID(top)
+	image, err = p.store(context.Background(), r.imagination(&parts).put)
 	return parts, image, err
-}
-
-// cut makes the contents of an object as kopia's writer makes them: its pieces, and if there are several their index.
-func (r *Repository) cut(all []byte, prefix content.IDPrefix) ([]part, error) {
-	var parts []part
-	index := struct {
-		Stream  string                       `json:"stream"`
-		Entries []object.IndirectObjectEntry `json:"entries"`
-	}{Stream: "kopia:indirect"}
-	for at := 0; at < len(all); at += objectPiece {
-		p := all[at:min(len(all), at+objectPiece)]
-		id := r.idOf(prefix, p)
-		parts = append(parts, part{id, p})
-		index.Entries = append(index.Entries, object.IndirectObjectEntry{Start: int64(at), Length: int64(len(p)), Object: object.DirectObjectID(id)})
-	}
-	if len(parts) == 1 {
-		return parts, nil
-	}
-	var text bytes.Buffer
-	if err := json.NewEncoder(&text).Encode(index); err != nil {
-		return nil, err
-	}
-	return append(parts, part{r.idOf(prefix, text.Bytes()), text.Bytes()}), nil
 }
 
 // Drop marks a content as deleted that nobody refers to and that cannot be read, so that no backup to come is told that

@@ -3,100 +3,59 @@ package repository
 import (
 	"context"
 
+	"github.com/kopia/kopia/repo/compression"
 	"github.com/kopia/kopia/repo/content"
-	"github.com/kopia/kopia/repo/object"
 
 	"stillpoint.io/stillpoint/adapters"
 )
 
-// Remake makes directories of a tree again, and what entries hold that are neither files nor directories, without storing
-// anything. It keeps the bytes of those contents only that the repository lacks. What comes out is for the caller to compare
-// with what was there: Holds of the entries says whether it is the same.
+// Remake makes directories of a tree again, and what entries hold that are neither files nor directories. What comes out is
+// for the caller to compare with what was there: Holds of the entries says whether it is the same. One of a Medium stores
+// nothing; when the comparison has said that everything belongs there, one of a Healer makes the same once more, and stores
+// what the repository lacks. So neither holds more than the directories that are open, and a name for each that was made.
 type Remake struct {
 	m    *Medium
-	lost []part
+	to   *Healer // nil: store nothing
 	seen map[content.ID]bool
+	lost int64
 }
 
 // NewRemake begins with nothing.
 func (m *Medium) NewRemake() *Remake { return &Remake{m: m, seen: map[content.ID]bool{}} }
 
-// RemadeDirectory is a directory that is made again. All of it is in memory.
-type RemadeDirectory struct {
-	to *Remake
-	directoryText
-}
+// NewRemake begins one that stores.
+func (h *Healer) NewRemake() *Remake { return &Remake{m: h.m, to: h, seen: map[content.ID]bool{}} }
 
 // Directory begins a directory.
-func (k *Remake) Directory() *RemadeDirectory { return &RemadeDirectory{k, newDirectoryText()} }
-
-// Add appends an entry, in the order of DirectoryWriter.Add.
-func (d *RemadeDirectory) Add(e TreeEntry) error { return d.add(e) }
-
-// Finish gives the directory as an entry that is described by self, as DirectoryWriter.Finish would have stored it.
-func (d *RemadeDirectory) Finish(ctx context.Context, self adapters.Entry) (TreeEntry, error) {
-	e := TreeEntry{Entry: self, summary: &d.summary}
-	large := len(d.buf) >= directoryBuffer
-	if err := d.end(self); err != nil {
-		return e, err
-	}
-	if !large {
-		p := part{d.to.m.r.idOf(directoryPrefix, d.buf), d.buf}
-		e.object = object.DirectObjectID(p.id)
-		return e, d.to.keep(ctx, p)
-	}
-	parts, err := d.to.m.r.cut(d.buf, directoryPrefix)
-	if err != nil {
-		return e, err
-	}
-	if e.object, err = object.ParseID("I" + parts[len(parts)-1].id.String()); err != nil {
-		return e, err
-	}
-	return e, d.to.keep(ctx, parts...)
-}
+func (k *Remake) Directory() *DirectoryWriter { return newDirectory(k.put) }
 
 // Text is Writer.WriteText.
 func (k *Remake) Text(ctx context.Context, e adapters.Entry) (TreeEntry, error) {
-	p := part{k.m.r.idOf("", []byte(e.Target)), []byte(e.Target)}
-	return TreeEntry{Entry: e, object: object.DirectObjectID(p.id)}, k.keep(ctx, p)
+	return writeText(ctx, k.put, e)
 }
 
-// keep keeps what the repository lacks.
-func (k *Remake) keep(ctx context.Context, parts ...part) error {
-	for _, p := range parts {
-		if k.seen[p.id] {
-			continue
-		}
-		bad, err := k.m.lacks(ctx, p.id)
-		if err != nil {
-			return err
-		}
-		if k.seen[p.id] = true; bad {
-			k.lost = append(k.lost, p)
-		}
-	}
-	return nil
-}
+// Lost counts the contents made so far that the repository lacks.
+func (k *Remake) Lost() int64 { return k.lost }
 
-// Lost counts the contents that the repository lacks.
-func (k *Remake) Lost() int { return len(k.lost) }
-
-// Remake stores what was made again and is lost, except what this healer stored already.
-func (h *Healer) Remake(ctx context.Context, k *Remake) error {
-	for _, p := range k.lost {
-		if h.remade[p.id] {
-			continue
-		}
-		comp := content.NoCompression
-		if p.id.Prefix() == directoryPrefix {
-			comp = indexCompressor
-		}
-		if err := h.store(ctx, p.id, p.p, comp); err != nil {
-			return err
-		}
-		h.remade[p.id] = true
+// put names a content, and looks whether the repository lacks it.
+func (k *Remake) put(ctx context.Context, p []byte, prefix content.IDPrefix, comp compression.HeaderID) (content.ID, error) {
+	id := k.m.r.idOf(prefix, p)
+	if k.seen[id] {
+		return id, nil
 	}
-	return nil
+	bad, err := k.m.lacks(ctx, id)
+	if err != nil {
+		return id, err
+	}
+	if k.seen[id] = true; !bad {
+		return id, nil
+	}
+	k.lost++
+	if k.to == nil || k.to.remade[id] {
+		return id, nil
+	}
+	k.to.remade[id] = true
+	return id, k.to.store(ctx, id, p, comp)
 }
 
 // Chunk names the one content that holds the bytes of a file of at most a chunk.

@@ -2,7 +2,6 @@ package repository
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"iter"
 
@@ -42,71 +41,50 @@ func (p *TreePart) empty() bool {
 	return len(p.Pieces)+len(p.Fresh)+len(p.Files) == 0
 }
 
-// store writes the part in a session.
-func (p *TreePart) store(ctx context.Context, w *Writer, s *session) (TreeEntry, error) {
+// store writes the part.
+func (p *TreePart) store(ctx context.Context, put storer) (TreeEntry, error) {
 	pieces := p.Pieces
 	if len(p.Fresh) > 0 {
-		name := fmt.Sprintf("%010d", len(pieces))
-		e, err := w.collect(ctx, s, name, func(add func(TreeEntry) error) error {
-			for _, e := range p.Fresh {
-				if err := add(e); err != nil {
-					return err
-				}
-			}
-			return nil
-		})
+		e, err := collect(ctx, put, fmt.Sprintf("%010d", len(pieces)), p.Fresh)
 		if err != nil {
 			return TreeEntry{}, err
 		}
 		p.Stored(e)
 		pieces = append(pieces[:len(pieces):len(pieces)], e)
 	}
-	e, err := w.collect(ctx, s, p.Self.Name, func(add func(TreeEntry) error) error {
-		for _, e := range pieces {
-			if err := add(e); err != nil {
-				return err
-			}
+	var open []TreeEntry
+	for _, o := range p.Open {
+		if o.empty() {
+			continue
 		}
-		open, err := w.collect(ctx, s, openName, func(add func(TreeEntry) error) error {
-			for _, o := range p.Open {
-				if o.empty() {
-					continue
-				}
-				e, err := o.store(ctx, w, s)
-				if err == nil {
-					err = add(e)
-				}
-				if err != nil {
-					return err
-				}
-			}
-			for _, f := range p.Files {
-				image, err := f.Done.store(ctx, w.r, s)
-				if err == nil {
-					f.Self.Size = f.Done.Size
-					err = add(image.Holding(f.Self))
-				}
-				if err != nil {
-					return err
-				}
-			}
-			return nil
-		})
+		e, err := o.store(ctx, put)
 		if err != nil {
-			return err
+			return TreeEntry{}, err
 		}
-		return add(open)
-	})
-	return e, err
+		open = append(open, e)
+	}
+	for _, f := range p.Files {
+		image, err := f.Done.store(ctx, put)
+		if err != nil {
+			return TreeEntry{}, err
+		}
+		f.Self.Size = f.Done.Size
+		open = append(open, image.Holding(f.Self))
+	}
+	unfinished, err := collect(ctx, put, openName, open)
+	if err != nil {
+		return TreeEntry{}, err
+	}
+	return collect(ctx, put, p.Self.Name, append(pieces[:len(pieces):len(pieces)], unfinished))
 }
 
 // collect writes a directory of the part's own.
-func (w *Writer) collect(ctx context.Context, s *session, name string, fill func(add func(TreeEntry) error) error) (e TreeEntry, err error) {
-	d := w.NewDirectory()
-	d.only = s
-	defer func() { err = errors.Join(err, d.Close()) }()
-	if err := fill(func(e TreeEntry) error { return d.Add(ctx, e) }); err != nil {
-		return e, err
+func collect(ctx context.Context, put storer, name string, entries []TreeEntry) (TreeEntry, error) {
+	d := newDirectory(put)
+	for _, e := range entries {
+		if err := d.Add(ctx, e); err != nil {
+			return TreeEntry{}, err
+		}
 	}
 	return d.Finish(ctx, adapters.Entry{Name: name, Type: adapters.Directory})
 }

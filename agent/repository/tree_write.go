@@ -15,41 +15,21 @@ import (
 
 // DirectoryWriter writes a directory entry by entry. It holds a MiB of it at most. It is not safe in parallel.
 type DirectoryWriter struct {
-	w       *Writer
-	only    *session // to be written through; nil: the writer's of the moment
-	session *session // once something is written
-	out     object.Writer
-	all     []byte // of a large directory, while something may have to be stored anew
-	directoryText
-}
-
-// directoryText is a directory's JSON as it grows.
-type directoryText struct {
-	buf     []byte
+	out     objectWriter
 	last    TreeEntry
 	count   int
 	summary fs.DirectorySummary
 }
 
-// directoryBuffer is how much of a directory is held before it is written, in bytes: one content's.
-const directoryBuffer = 1 << 20
+// NewDirectory begins a directory.
+func (w *Writer) NewDirectory() *DirectoryWriter { return newDirectory(w.put) }
 
-// NewDirectory begins a directory. Close it.
-func (w *Writer) NewDirectory() *DirectoryWriter {
-	return &DirectoryWriter{w: w, directoryText: newDirectoryText()}
+func newDirectory(put storer) *DirectoryWriter {
+	return &DirectoryWriter{out: objectWriter{put: put, prefix: directoryPrefix, buf: []byte(directoryHead)}}
 }
 
 // Add appends an entry. They come in a tree's order: directories first, then everything else, each by name.
 func (d *DirectoryWriter) Add(ctx context.Context, e TreeEntry) error {
-	if err := d.add(e); err != nil || len(d.buf) < directoryBuffer {
-		return err
-	}
-	return d.flush(ctx)
-}
-
-func newDirectoryText() directoryText { return directoryText{buf: []byte(directoryHead)} }
-
-func (d *directoryText) add(e TreeEntry) error {
 	if d.count > 0 && !d.last.Before(e.Entry) {
 		return fmt.Errorf("the entry %q comes after %q", e.Name, d.last.Name)
 	}
@@ -58,23 +38,31 @@ func (d *directoryText) add(e TreeEntry) error {
 		return err
 	}
 	if d.count++; d.count > 1 {
-		d.buf = append(d.buf, ',')
+		d.out.buf = append(d.out.buf, ',')
 	}
-	d.buf = append(d.buf, text...)
+	d.out.buf = append(d.out.buf, text...)
 	d.last = e
 	addSummary(&d.summary, e)
-	return nil
+	if len(d.out.buf) < objectPiece {
+		return nil
+	}
+	return d.out.flush(ctx)
 }
 
-// end closes the directory that self describes.
-func (d *directoryText) end(self adapters.Entry) error {
+// Finish stores the directory, and gives it as an entry that is described by self.
+func (d *DirectoryWriter) Finish(ctx context.Context, self adapters.Entry) (TreeEntry, error) {
+	e := TreeEntry{Entry: self, summary: &d.summary}
 	d.summary.TotalDirCount++
 	if d.count == 0 {
 		d.summary.MaxModTime = fs.UTCTimestampFromTime(self.Modified)
 	}
 	text, err := json.Marshal(&d.summary)
-	d.buf = fmt.Appendf(d.buf, "],\"summary\":%s}\n", text)
-	return err
+	if err != nil {
+		return e, err
+	}
+	d.out.buf = fmt.Appendf(d.out.buf, "],\"summary\":%s}\n", text)
+	e.object, err = d.out.finish(ctx)
+	return e, err
 }
 
 // addSummary counts an entry as kopia does.
@@ -96,75 +84,6 @@ func addSummary(s *fs.DirectorySummary, e TreeEntry) {
 	s.MaxModTime = max(s.MaxModTime, at)
 }
 
-// flush writes what is held. A large directory is written through one session, which no checkpoint ends meanwhile.
-func (d *DirectoryWriter) flush(ctx context.Context) error {
-	if err := ctx.Err(); err != nil {
-		return err
-	}
-	if d.out == nil {
-		if d.session = d.only; d.only != nil {
-			d.only.users.Add(1)
-		} else {
-			d.session = d.w.use()
-		}
-		d.out = d.session.kopia.NewObjectWriter(ctx, object.WriterOptions{Description: "directory", Prefix: directoryPrefix, Compressor: "zstd-fastest", MetadataCompressor: "zstd-fastest"})
-	}
-	_, err := d.out.Write(d.buf)
-	if d.session.renewal.any() {
-		d.all = append(d.all, d.buf...)
-	}
-	d.buf = d.buf[:0]
-	return d.w.r.at.fault("writing to", err)
-}
-
-// Finish stores the directory, and gives it as an entry that is described by self.
-func (d *DirectoryWriter) Finish(ctx context.Context, self adapters.Entry) (TreeEntry, error) {
-	e := TreeEntry{Entry: self, summary: &d.summary}
-	err := d.end(self)
-	if err != nil {
-		return e, err
-	}
-	if d.out == nil {
-		put := d.w.put
-		if d.only != nil {
-			put = d.only.put
-		}
-		id, err := put(ctx, d.buf, directoryPrefix, indexCompressor)
-		e.object = object.DirectObjectID(id)
-		return e, err
-	}
-	if err := d.flush(ctx); err != nil {
-		return e, err
-	}
-	if e.object, err = d.out.Result(); err != nil {
-		return e, d.w.r.at.fault("writing to", err)
-	}
-	return e, d.renew(ctx)
-}
-
-// renew stores anew what of a large directory is damaged.
-func (d *DirectoryWriter) renew(ctx context.Context) error {
-	if len(d.all) == 0 {
-		return nil
-	}
-	parts, err := d.w.r.cut(d.all, directoryPrefix)
-	if err != nil {
-		return err
-	}
-	return d.session.renew(ctx, parts)
-}
-
-// Close releases the directory, finished or not.
-func (d *DirectoryWriter) Close() error {
-	if d.out == nil {
-		return nil
-	}
-	err := d.out.Close()
-	d.session.users.Done()
-	d.out, d.session = nil, nil
-	return d.w.r.at.fault("closing", err)
-}
-
 // Holding gives an entry that holds the bytes of a file of at most a chunk.
 func (c Chunk) Holding(e adapters.Entry) TreeEntry {
 	return TreeEntry{Entry: e, object: object.DirectObjectID(c.id)}
@@ -180,7 +99,11 @@ func (e TreeEntry) As(o adapters.Entry) TreeEntry {
 
 // WriteText stores what an entry holds that has no bytes of its own: a link's target for kopia, nothing for a device.
 func (w *Writer) WriteText(ctx context.Context, e adapters.Entry) (TreeEntry, error) {
-	id, err := w.put(ctx, []byte(e.Target), "", content.NoCompression)
+	return writeText(ctx, w.put, e)
+}
+
+func writeText(ctx context.Context, put storer, e adapters.Entry) (TreeEntry, error) {
+	id, err := put(ctx, []byte(e.Target), "", content.NoCompression)
 	return TreeEntry{Entry: e, object: object.DirectObjectID(id)}, err
 }
 

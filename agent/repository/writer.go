@@ -36,7 +36,7 @@ type Writer struct {
 // session is one of kopia's. A checkpoint ends one and begins the next, so that nobody waits while it is flushed.
 type session struct {
 	kopia repo.DirectRepositoryWriter
-	put   func(ctx context.Context, p []byte, prefix content.IDPrefix, comp compression.HeaderID) (content.ID, error)
+	put   storer
 	users sync.WaitGroup
 
 	renewal *renewal // of the writer
@@ -116,17 +116,6 @@ func (w *Writer) has(ctx context.Context, id content.ID) bool {
 func (w *Writer) Close(ctx context.Context) error {
 	return w.r.at.fault("closing", within(ctx, w.current.kopia.Close))
 }
-
-// Flush makes what was written so far durable, without a backup that refers to it: what others have lost is there again.
-// It must not run in parallel with Checkpoint or Commit.
-func (w *Writer) Flush(ctx context.Context) error {
-	s := w.use()
-	defer s.users.Done()
-	return w.r.at.fault("writing to", within(ctx, s.kopia.Flush))
-}
-
-// Renewed is how many contents that were known to be damaged this writer stored anew.
-func (w *Writer) Renewed() int64 { return w.renewal.renewed.Load() }
 
 // Stored is how many bytes went to the repository so far, compressed and with indexes.
 func (w *Writer) Stored() int64 { return w.stored.Load() }
@@ -258,9 +247,7 @@ func (x *Index) Add(s Segment) error {
 
 // Finish stores the top level. An image of no bytes is an empty object.
 func (x *Index) Finish(ctx context.Context) (ImageID, error) {
-	s := x.w.use()
-	defer s.users.Done()
-	return x.Part().store(ctx, x.w.r, s)
+	return x.Part().store(ctx, x.w.put)
 }
 
 // Part is the start of an image: all the segments that an Index had at a moment.
@@ -273,52 +260,27 @@ type Part struct {
 func (x *Index) Part() Part { return Part{x.segments, x.size} }
 
 // store writes the part's top level.
-func (p Part) store(ctx context.Context, r *Repository, s *session) (ImageID, error) {
+func (p Part) store(ctx context.Context, put storer) (ImageID, error) {
 	if p.Size == 0 {
-		id, err := s.put(ctx, nil, "", content.NoCompression)
+		id, err := put(ctx, nil, "", content.NoCompression)
 		return ImageID{object.DirectObjectID(id)}, err
 	}
-	out := s.kopia.NewObjectWriter(ctx, object.WriterOptions{Description: "disk.img", Prefix: indexPrefix, Compressor: "zstd-fastest", MetadataCompressor: "zstd-fastest"})
-	defer out.Close()
-	buf := append(make([]byte, 0, 64<<10), indexHead...)
+	out := objectWriter{put: put, prefix: indexPrefix, buf: append(make([]byte, 0, 64<<10), indexHead...)}
 	for n, id := range p.segments {
 		if n > 0 {
-			buf = append(buf, ',')
+			out.buf = append(out.buf, ',')
 		}
 		start := int64(n) * SegmentSize
-		buf = appendEntry(buf, entry{start, min(SegmentSize, p.Size-start), id})
-		if len(buf) < cap(buf)-1<<10 {
-			continue
-		}
-		if err := ctx.Err(); err != nil {
-			return ImageID{}, err
-		}
-		if _, err := out.Write(buf); err != nil {
-			return ImageID{}, r.at.fault("writing to", err)
-		}
-		buf = buf[:0]
-	}
-	if _, err := out.Write(append(buf, indexTail...)); err != nil {
-		return ImageID{}, r.at.fault("writing to", err)
-	}
-	index, err := out.Result()
-	if err != nil {
-		return ImageID{}, r.at.fault("writing to", reason(ctx, err))
-	}
-	if s.renewal.any() {
-		segments := make([]Segment, len(p.segments))
-		for n, id := range p.segments {
-			segments[n] = Segment{id, min(SegmentSize, p.Size-int64(n)*SegmentSize)}
-		}
-		parts, _, err := r.topLevel(segments)
-		if err == nil {
-			err = s.renew(ctx, parts)
-		}
-		if err != nil {
-			return ImageID{}, err
+		out.buf = appendEntry(out.buf, entry{start, min(SegmentSize, p.Size-start), id})
+		if len(out.buf) >= objectPiece {
+			if err := out.flush(ctx); err != nil {
+				return ImageID{}, err
+			}
 		}
 	}
-	return parseImageID("I" + index.String())
+	out.buf = append(out.buf, indexTail...)
+	id, err := indirect(out.finish(ctx))
+	return ImageID{id}, err
 }
 
 // ImageID is kopia's id of an image: a digest of all of it.
