@@ -101,7 +101,7 @@ func TestTreeStory(t *testing.T) {
 	if text := must(t, "verify", "--against", three, third); !strings.Contains(text, "the same as "+three) {
 		t.Errorf("verify --against: %s", text)
 	}
-	rot(t, remote)
+	rot(t, remote, third)
 	if code, text, errs := call("verify", third); code != 6 || !strings.Contains(text, "bad: "+third) || !strings.Contains(text, `the file "srv/noise"`) {
 		t.Errorf("rot: %d, %s%s", code, text, errs)
 	}
