@@ -20,6 +20,7 @@ var children = map[string]func() error{
 	"kill-tree": func() error { return killedChild(killedForms["kill-tree"]) },
 	"plant":     plantingChild,
 	"wide":      wideChild,
+	"halfway":   halfwayChild,
 }
 
 // kills is how often a test kills: as often as it is made for, or as STILLPOINT_KILLS says, which `make soak` sets.

@@ -32,7 +32,8 @@ import (
 const (
 	// walkEvery is how many backups of a tree there are to one that looks at everything.
 	walkEvery = 10
-	// treeWindow is how many entries of a directory are worked on at once, or wait for one before them.
+	// treeWindow is how many entries of a directory are worked on at once, or wait for one before them. Of bytes in small files
+	// it is a stride of the Pace: a checkpoint knows nothing of what waits.
 	treeWindow = 256
 )
 
@@ -305,6 +306,7 @@ func (g *grower) directory(ctx context.Context, in *unfinished, path string, sel
 
 // slot is an entry that is being made.
 type slot struct {
+	size int64 // in bytes, of a file that no checkpoint knows before it is whole
 	done chan struct{}
 	made repository.TreeEntry
 	err  error
@@ -324,9 +326,11 @@ func (g *grower) fill(ctx context.Context, d *repository.DirectoryWriter, u *unf
 	ctx, cancel := context.WithCancel(ctx)
 	var failed firstError
 	var pending []*slot
+	var waiting int64 // bytes of theirs
+	window := g.keeper.pace.stride(0)
 	next := func() error {
 		s := pending[0]
-		pending = pending[1:]
+		pending, waiting = pending[1:], waiting-s.size
 		<-s.done
 		if s.err != nil {
 			return s.err
@@ -370,7 +374,10 @@ func (g *grower) fill(ctx context.Context, d *repository.DirectoryWriter, u *unf
 			return made, &distrustError{why: fmt.Sprintf("%q is called unchanged, and %q is not what it was", path, join(path, skipped+e.Name))}
 		} else {
 			s := &slot{done: make(chan struct{})}
-			pending = append(pending, s)
+			if e.Type == adapters.RegularFile && e.Size <= g.chunk && !e.Unchanged {
+				s.size = e.Size
+			}
+			pending, waiting = append(pending, s), waiting+s.size
 			g.do(func() {
 				if s.made, s.err = g.entry(ctx, u, at, e, was, part); s.err != nil {
 					failed.set(s.err)
@@ -378,7 +385,7 @@ func (g *grower) fill(ctx context.Context, d *repository.DirectoryWriter, u *unf
 				}
 			}, func() { close(s.done) })
 		}
-		for len(pending) >= treeWindow || len(pending) > 0 && pending[0].ended() {
+		for len(pending) >= treeWindow || waiting > window || len(pending) > 0 && pending[0].ended() {
 			if err := next(); err != nil {
 				return made, err
 			}
