@@ -19,6 +19,7 @@ type window struct {
 	staged     bool                // something may be staged in the backends
 	begun      bool                // snapshots may exist
 	snapshots  []adapters.Snapshot // in the members' order
+	took       []time.Duration     // by the calls that made them
 	calls      sync.WaitGroup      // snapshot calls, which may outlive the freeze
 	frozen     []FrozenFilesystem  // in the order of freezing
 	lost       []string            // freezes that were not held, in words
@@ -33,8 +34,8 @@ const margin = 100 * time.Millisecond
 
 // cutting syncs, freezes, snapshots and thaws. The window is returned also with an error, for discard.
 func cutting(ctx context.Context, r Request, n Node, members []member, p Plan, client *freezer.Client) (*window, error) {
-	w := &window{wanted: r.Name, snapshots: make([]adapters.Snapshot, len(members))}
-	if err := n.sync(ctx, r, p.frozen()); err != nil {
+	w := &window{wanted: r.Name, snapshots: make([]adapters.Snapshot, len(members)), took: make([]time.Duration, len(members))}
+	if err := n.sync(ctx, r, p.flushed()); err != nil {
 		return w, err
 	}
 	w.staged = true
@@ -48,7 +49,7 @@ func cutting(ctx context.Context, r Request, n Node, members []member, p Plan, c
 	if err != nil {
 		return w, err
 	}
-	if err := n.sync(ctx, r, p.frozen()); err != nil {
+	if err := n.sync(ctx, r, p.flushed()); err != nil {
 		return w, err
 	}
 	for {
@@ -62,7 +63,7 @@ func cutting(ctx context.Context, r Request, n Node, members []member, p Plan, c
 		case <-ctx.Done():
 			return w, errors.Join(inWords(err, r), ctx.Err())
 		}
-		if err := n.sync(ctx, r, p.frozen()); err != nil {
+		if err := n.sync(ctx, r, p.flushed()); err != nil {
 			return w, err
 		}
 	}
@@ -106,8 +107,22 @@ func (w *window) run(ctx context.Context, r Request, n Node, members []member, p
 		w.moved = append(w.moved, b.moved()...)
 		w.unverified = append(w.unverified, b.uncounted...)
 	}
+	if err == nil {
+		w.itself(p)
+	}
 	w.jumped = time.Now().Round(0).Sub(begin.Round(0)) - time.Since(begin)
 	return err
+}
+
+// itself reports on what backends froze by themselves. Nothing proves it: the snapshot's point in time is within the
+// freeze, and what is written to the device just after it is so by right.
+func (w *window) itself(p Plan) {
+	for i, m := range p.Members {
+		for _, f := range m.Itself {
+			w.frozen = append(w.frozen, FrozenFilesystem{f.Filesystem, milliseconds(w.took[i]), true})
+			w.unverified = append(w.unverified, fmt.Sprintf("%s (%s): its backend froze it in the moment of the snapshot, not we; a stranger's thaw in that moment would not have been noticed", f.Filesystem, f.Type))
+		}
+	}
 }
 
 // thaw ends the lease and keeps its report. It waits by the freezer's own time-outs, not by the cut's context.
@@ -117,7 +132,7 @@ func (w *window) thaw(lease *freezer.Lease) {
 		w.lost = append(w.lost, err.Error())
 	}
 	for _, f := range report {
-		w.frozen = append(w.frozen, FrozenFilesystem{f.Mount, float64(f.Duration.Microseconds()) / 1000})
+		w.frozen = append(w.frozen, FrozenFilesystem{f.Mount, milliseconds(f.Duration), false})
 		if !f.Held {
 			w.lost = append(w.lost, fmt.Sprintf("%s: %s", f.Mount, f.Why))
 		}
@@ -132,8 +147,9 @@ func (w *window) snapshot(ctx context.Context, r Request, members []member, step
 	done := make(chan error, len(step))
 	for _, i := range step {
 		w.calls.Go(func() {
+			begin := time.Now()
 			s, err := members[i].adapter.CreateSnapshot(ctx, members[i].volume.ID, r.Name)
-			w.snapshots[i] = s
+			w.snapshots[i], w.took[i] = s, time.Since(begin)
 			done <- err
 		})
 	}
@@ -181,7 +197,8 @@ func grow(ctx context.Context, client *freezer.Client, lease *freezer.Lease, ste
 	return client.Freeze(ctx, freezer.Request{Filesystems: all, First: len(step.Freeze), MaxFreeze: p.MaxFreeze})
 }
 
-// stage lets the backends do ahead what they can, for the volumes that nothing will write to while they are cut.
+// stage lets the backends do ahead what they can, for the volumes that nothing will write to while they are cut, and for
+// those that freeze themselves.
 func stage(ctx context.Context, r Request, members []member, p Plan) error {
 	return each(len(members), func(i int) error {
 		stager, ok := adapters.As[adapters.Stager](members[i].adapter)
@@ -233,6 +250,8 @@ func (b reading) moved() (names []string) {
 	}
 	return names
 }
+
+func milliseconds(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
 
 // inWords gives an error from the window a kind and the deadline's name.
 func inWords(err error, r Request) error {
