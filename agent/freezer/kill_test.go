@@ -468,10 +468,7 @@ func TestHolderKilledBetweenTwoHangingCalls(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			pool, err := r.lab.Pool(t.Context(), "pool2", "xfs", 320<<20)
-			if err != nil {
-				t.Fatal(err)
-			}
+			pool := r.volume("pool2", "xfs")
 			between, err := r.lab.Volume(t.Context(), pool.Mount, "between", "ext4", 8<<20)
 			if err != nil {
 				t.Fatal(err)
