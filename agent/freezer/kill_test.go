@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"stillpoint.io/stillpoint/integration/vm"
 )
 
 // The agent is SIGKILLed while it has a lease: the connection closes, which thaws.
@@ -477,7 +479,11 @@ func TestHolderKilledBetweenTwoHangingCalls(t *testing.T) {
 			above, middle := r.stranger(upper), r.stranger(lower)
 			gate, below := r.stranger(pool), r.stranger(base) // lowest last, so that a cleanup thaws it first
 			guard := r.guard()
-			q := r.request(2*time.Second, upper, between, lower)
+			deadline := 2 * time.Second // it must come after all the steps up to the last inside
+			if vm.Inside() {
+				deadline = 10 * time.Second
+			}
+			q := r.request(deadline, upper, between, lower)
 			q.First = 1
 			l := r.freeze(r.connect(), q) // the upper one is frozen
 			gate.freeze()

@@ -38,14 +38,24 @@ func (p ThinPool) Close() error {
 	return run(ctx, "vgremove", "-qfy", string(p))
 }
 
-// In makes mounted filesystems of a lab, as Lab.Pool does, each on a thin volume of its own, which goes with the lab.
+// Volume makes a thin volume of size bytes, which goes with the lab.
+func (p ThinPool) Volume(ctx context.Context, l *Lab, name string, size int64) (ThinVolume, error) {
+	name += "-" + strings.ToLower(rand.Text()[:8])
+	if err := run(ctx, "lvcreate", "-q", "-V", fmt.Sprintf("%db", size), "--thinpool", "pool", "-n", name, string(p)); err != nil {
+		return "", err
+	}
+	v := ThinVolume(string(p) + "/" + name)
+	l.thin = append(l.thin, v)
+	return v, nil
+}
+
+// In makes mounted filesystems of a lab, as Lab.Pool does, each on a thin volume of its own.
 func (p ThinPool) In(l *Lab) func(ctx context.Context, name, fstype string, size int64) (*Filesystem, error) {
 	return func(ctx context.Context, name, fstype string, size int64) (*Filesystem, error) {
-		v := ThinVolume(fmt.Sprintf("%s/%s-%s", p, name, strings.ToLower(rand.Text()[:8])))
-		if err := run(ctx, "lvcreate", "-q", "-V", fmt.Sprintf("%db", size), "--thinpool", "pool", "-n", filepath.Base(string(v)), string(p)); err != nil {
+		v, err := p.Volume(ctx, l, name, size)
+		if err != nil {
 			return nil, err
 		}
-		l.thin = append(l.thin, v)
 		fs := &Filesystem{Thin: v, Device: v.Device(), Mount: filepath.Join(l.Dir, "mnt-"+name), Type: fstype}
 		if err := Mkfs(ctx, fstype, fs.Device); err != nil {
 			return nil, err

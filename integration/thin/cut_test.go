@@ -30,7 +30,7 @@ func underAWriter(t *testing.T, s *site, prepare func(*cut.Request), legs ...leg
 		time.Sleep(200 * time.Millisecond) // something for the writer to do, not something to wait for
 		r := request(fmt.Sprintf("cut-%d", i), legs...)
 		prepare(&r)
-		res, err := cut.Make(t.Context(), r, s.node)
+		res, err := s.make(t, r)
 		if err != nil {
 			t.Error(err)
 			break
@@ -50,7 +50,7 @@ func ends(t *testing.T, s *site, res cut.Result, legs ...leg) (last []uint64, er
 	t.Helper()
 	var folders []string
 	for i, l := range legs {
-		file := s.copied(t, l, res.Snapshots[i])
+		file := s.image(t, l, res.Snapshots[i])
 		if err := s.Sound(t.Context(), l.Type, file); err != nil {
 			t.Error(err)
 		}
@@ -87,7 +87,7 @@ func TestTwoThinVolumes(t *testing.T) {
 				oneInstant(t, s, underAWriter(t, s, asItIs, a, b), a, b)
 				return
 			}
-			_, err := cut.Make(t.Context(), request("both", a, b), s.node)
+			_, err := s.make(t, request("both", a, b))
 			if !errors.Is(err, fault.Unsupported) {
 				t.Fatalf("error %v, want Unsupported", err)
 			}
@@ -126,7 +126,7 @@ func TestAnAdapterThatIsWrongAboutTheKernel(t *testing.T) {
 	}
 	a := s.volume(t, "a", "ext4")
 	a.adapter = thin{freeze: adapters.FreezeNests}
-	if _, err := cut.Make(t.Context(), request("wrong", a), s.node); !errors.Is(err, fault.Busy) {
+	if _, err := s.make(t, request("wrong", a)); !errors.Is(err, fault.Busy) {
 		t.Errorf("error %v, want Busy", err)
 	}
 	if left := snapshots(t, a); len(left) > 0 {
@@ -173,7 +173,7 @@ func TestBtrfs(t *testing.T) {
 	a, b := s.volume(t, "a", "btrfs"), s.volume(t, "b", "xfs")
 	cuts := underAWriter(t, s, asItIs, a, b)
 	must(t, os.WriteFile(filepath.Join(a.Mount, "before"), []byte("written before"), 0o600))
-	res, err := cut.Make(t.Context(), request("last", a), s.node)
+	res, err := s.make(t, request("last", a))
 	must(t, err)
 	must(t, a.Down()) // two of one UUID cannot be mounted
 	mounted := func(handle string) string {
@@ -189,7 +189,7 @@ func TestBtrfs(t *testing.T) {
 	}
 	must(t, unix.Unmount(at, 0))
 	for _, res := range cuts {
-		other, err := s.MountCopy(t.Context(), b.Type, s.copied(t, b, res.Snapshots[1]))
+		other, err := s.MountCopy(t.Context(), b.Type, s.image(t, b, res.Snapshots[1]))
 		must(t, err)
 		at := mounted(res.Snapshots[0])
 		last, err := lab.Instant([]string{at, other.Mount})
