@@ -12,6 +12,10 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	if os.Getenv(envVictim) != "" {
+		victim()
+		return
+	}
 	os.Exit(vm.Main(m, vm.Config{
 		Memory:   2 << 30,
 		Disks:    []int64{12 << 30},
