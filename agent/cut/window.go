@@ -32,6 +32,9 @@ type window struct {
 // ends the freeze and not the deadline.
 const margin = 100 * time.Millisecond
 
+// patience is how long a device is waited for that is asked whether it counts.
+const patience = 5 * time.Second
+
 // cutting syncs, freezes, snapshots and thaws. The window is returned also with an error, for discard.
 func cutting(ctx context.Context, r Request, n Node, members []member, p Plan, client *freezer.Client) (*window, error) {
 	w := &window{wanted: r.Name, snapshots: make([]adapters.Snapshot, len(members)), took: make([]time.Duration, len(members))}
@@ -105,7 +108,7 @@ func (w *window) run(ctx context.Context, r Request, n Node, members []member, p
 	}
 	for _, b := range readings {
 		w.moved = append(w.moved, b.moved()...)
-		w.unverified = append(w.unverified, b.uncounted...)
+		w.unverified = append(w.unverified, b.uncounted(ctx, n)...)
 	}
 	if err == nil {
 		w.itself(p)
@@ -213,7 +216,6 @@ func stage(ctx context.Context, r Request, members []member, p Plan) error {
 type reading struct {
 	devices       []mounts.Device
 	names         []string
-	uncounted     []string
 	before, after []mounts.Counters
 }
 
@@ -231,14 +233,26 @@ func (n Node) read(ctx context.Context, frozen []Freezing) (reading, error) {
 	return b, err
 }
 
+// again reads them for the second time.
 func (b *reading) again(ctx context.Context, n Node) (err error) {
 	b.after, err = n.Host.Counters(ctx, b.devices...)
-	for i := range b.after {
-		if !b.after[i].Kept {
-			b.uncounted = append(b.uncounted, fmt.Sprintf("%s: the kernel keeps no write counters for device %s", b.names[i], b.devices[i]))
+	return err
+}
+
+// uncounted says in words for which devices the counters prove nothing. It is called after the thaw: where a device is
+// said to have none, it is tried.
+func (b reading) uncounted(ctx context.Context, n Node) (words []string) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	for i, c := range b.after {
+		if c.Kept {
+			continue
+		}
+		if counts, err := n.Host.CountsRegardless(ctx, b.devices[i]); err != nil || !counts {
+			words = append(words, fmt.Sprintf("%s: the kernel keeps no write counters for device %s", b.names[i], b.devices[i]))
 		}
 	}
-	return err
+	return words
 }
 
 // moved names the filesystems whose devices were written to between the readings.
