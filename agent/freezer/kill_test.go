@@ -470,30 +470,21 @@ func TestHolderKilledBetweenTwoHangingCalls(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			pool := r.volume("pool2", "xfs")
-			between, err := r.lab.Volume(t.Context(), pool.Mount, "between", "ext4", 8<<20)
-			if err != nil {
-				t.Fatal(err)
-			}
-			dirty(t, between)
 			above, middle := r.stranger(upper), r.stranger(lower)
-			gate, below := r.stranger(pool), r.stranger(base) // lowest last, so that a cleanup thaws it first
+			below := r.stranger(base) // the lowest last, so that a cleanup thaws it first
 			guard := r.guard()
-			deadline := 2 * time.Second // it must come after all the steps up to the last inside
+			deadline := 2 * time.Second // it must come after all the steps up to inside
 			if vm.Inside() {
 				deadline = 10 * time.Second
 			}
-			q := r.request(deadline, upper, between, lower)
+			q := r.request(deadline, upper, lower)
 			q.First = 1
 			l := r.freeze(r.connect(), q) // the upper one is frozen
-			gate.freeze()
+			dirty(t, lower)
+			below.freeze()
 			out := make(chan error, 1)
 			go func() { out <- l.More(t.Context(), 0) }()
 			r.inside(q.Filesystems[1])
-			dirty(t, lower)
-			below.freeze()
-			gate.thaw()
-			r.inside(q.Filesystems[2])
 			<-out // the deadline has passed
 			time.Sleep(100 * time.Millisecond)
 			if name == "a sweep thaws" {
