@@ -1,6 +1,7 @@
 package cut
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -56,6 +57,10 @@ func cutting(ctx context.Context, r Request, n Node, members []member, p Plan, c
 		return w, err
 	}
 	for {
+		// A snapshot call may outlive the process that made it, and what it makes so late is of no instant of ours.
+		if done, err := adopt(ctx, r.Name, members); err != nil || done != nil {
+			return w, cmp.Or(err, fault.Errorf(fault.Busy, "the cut %q was made by another process just now: repeat it", r.Name))
+		}
 		err := w.run(ctx, r, n, members, p, client)
 		var busy *freezer.Error
 		if w.begun || !errors.As(err, &busy) || busy.Reason != freezer.Busy || busy.Wait <= 0 {
