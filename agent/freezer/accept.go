@@ -10,7 +10,8 @@ import (
 )
 
 // local are the types that a path to a mount point may lead through, once it has left the root. Everything else (NFS,
-// CIFS, FUSE, autofs, 9p, …) can hang for ever in a look-up, and is told from mountinfo alone, before the path is touched.
+// CIFS, FUSE, autofs, 9p, …) can hang for ever in a look-up, and is told from mountinfo alone, before the path is
+// touched.
 var local = []string{"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "tmpfs", "ramfs", "rootfs", "devtmpfs", "overlay", "squashfs", "erofs"}
 
 // system are places without which the machine or our own container does not live. The filesystem that holds one of
@@ -109,8 +110,9 @@ func acceptOne(f Filesystem, s surroundings) (mount, error) {
 	return m, nil
 }
 
-// mayHang finds the mount on a way in which a look-up may never end. The first one, the root, is not asked: every process
-// stands on it, ours too, so where a diskless machine's server is gone nothing runs that could be kept from hanging.
+// mayHang finds the mount on a way in which a look-up may never end. The first one, the root, is not asked: every
+// process stands on it, ours too, so where a diskless machine's server is gone nothing runs that could be kept from
+// hanging.
 func mayHang(passed []mount) (mount, bool) {
 	for i, m := range passed {
 		if i > 0 && !slices.Contains(local, m.Type) {

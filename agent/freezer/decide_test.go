@@ -230,7 +230,7 @@ func TestAccept(t *testing.T) {
 	}
 }
 
-// On a diskless machine everything stands on a network, and nothing would run without it: only what comes after is judged.
+// On a diskless machine everything stands on a network, and nothing would run without it: what comes after is judged.
 func TestAcceptOnADisklessMachine(t *testing.T) {
 	s := surroundings{storedOn: func(Filesystem, mount) []Device { return nil }, mounts: []mount{
 		{ID: 1, Point: "/", Type: "nfs4", Device: 1},

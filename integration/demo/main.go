@@ -4,8 +4,9 @@
 //
 //	demo [-backend reflink|lvm-thin] [PROGRAM]
 //
-// With reflink both volumes are files of a pool. With lvm-thin one is a thin volume, in the same cut with a file: that is
-// one instant on every kernel, also where two thin volumes cannot be. It runs where there is device-mapper (package vm).
+// With reflink both volumes are files of a pool. With lvm-thin one is a thin volume, in the same cut with a file: that
+// is one instant on every kernel, also where two thin volumes cannot be. It runs where there is device-mapper (package
+// vm).
 package main
 
 import (

@@ -10,9 +10,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Sound checks that the filesystem in a file or on a device is what a clean cut leaves: for ext4 no journal to replay and no error
-// found by e2fsck; for XFS, which keeps a log to replay even when frozen, no error found by xfs_repair once mount has
-// replayed it. The file itself is not written: XFS is checked on a copy.
+// Sound checks that the filesystem in a file or on a device is what a clean cut leaves: for ext4 no journal to replay
+// and no error found by e2fsck; for XFS, which keeps a log to replay even when frozen, no error found by xfs_repair once
+// mount has replayed it. The file itself is not written: XFS is checked on a copy.
 func (l *Lab) Sound(ctx context.Context, fstype, file string) error {
 	switch fstype {
 	case "ext4":

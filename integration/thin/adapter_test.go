@@ -20,9 +20,9 @@ import (
 	"stillpoint.io/stillpoint/integration/lab"
 )
 
-// thin is what a cut needs of an adapter, by LVM's plain commands, so that these tests are about the cut. Marks and notes
-// are LVM's tags. A command that was begun is never killed: killed between suspend and resume it would leave the volume
-// suspended. So a call ends with its command, whatever its context says.
+// thin is what a cut needs of an adapter, by LVM's plain commands, so that these tests are about the cut. Marks and
+// notes are LVM's tags. A command that was begun is never killed: killed between suspend and resume it would leave the
+// volume suspended. So a call ends with its command, whatever its context says.
 type thin struct {
 	freeze adapters.FreezeMode
 	lvm    func(args ...string) *exec.Cmd // nil is exec.Command

@@ -117,8 +117,7 @@ func TestTwoThinVolumes(t *testing.T) {
 	}
 }
 
-// Frozen by us before any snapshot, nothing of a thin volume is ever given to device-mapper to freeze under us on a kernel
-// that cannot: the adapter's word is what counts, and if it is wrong the cut fails and everything is thawed.
+// Whether a snapshot works under our freeze is the adapter's word. If it is wrong the cut fails, and all is thawed.
 func TestAnAdapterThatIsWrongAboutTheKernel(t *testing.T) {
 	s := newSite(t)
 	if s.nests {

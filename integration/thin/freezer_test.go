@@ -11,9 +11,7 @@ import (
 
 // The freezer's own tests, all of them, with every filesystem on a thin volume.
 func TestFreezer(t *testing.T) {
-	if testing.Short() {
-		t.Skip("needs device-mapper: left out by -short, `make test` runs it")
-	}
+	needsDeviceMapper(t)
 	pool := thinPool(t)
 	args := []string{"-test.v"}
 	if end, ok := t.Deadline(); ok {

@@ -81,8 +81,8 @@ func (s *site) mode() adapters.FreezeMode {
 	return adapters.FreezeSelf
 }
 
-// probe tries whether a snapshot works under a freeze. Of the kernels that these tests are meant for the answer is known:
-// they would prove nothing if both gave the same one.
+// probe tries whether a snapshot works under a freeze. Of the kernels that these tests are meant for the answer is
+// known: they would prove nothing if both gave the same one.
 func (s *site) probe(t *testing.T) bool {
 	t.Helper()
 	fs := s.volume(t, "probe", "ext4")
