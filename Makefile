@@ -1,5 +1,5 @@
 # make           builds bin/stillpoint and bin/stillpoint-freezer
-# make demo      the main job on real filesystems, start to end (root)
+# make demo      the main job on real filesystems, start to end (root); BACKEND=lvm-thin has it with a thin volume
 # make check     format, vet, lint and unit tests: no root
 # make test      every test, on real filesystems and with the race detector (root)
 # make soak      a thousand kills of everything that can be killed, each followed by a full check (root, hours)
@@ -20,11 +20,14 @@ VERSION     := $(shell git describe --always --dirty 2>/dev/null || echo develop
 LDFLAGS     := -s -w -X main.version=$(VERSION)
 
 # Packages whose tests run in a guest (package integration/vm), and once more with its newer kernel.
-IN_GUESTS   := ./integration/vm
+IN_GUESTS   := ./integration/vm ./integration/thin
 
 # With the race detector; not within scrypt, which has no goroutines and turns every passphrase into a key eight times as
 # slowly under it.
 RACE        := -race -gcflags=golang.org/x/crypto/scrypt=-race=false
+
+# What the demo's volumes are on: reflink or lvm-thin.
+BACKEND     := reflink
 
 .PHONY: build demo check lint test soak versitygw bench clean
 
@@ -33,9 +36,9 @@ build:
 	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/...
 
 demo:
-	@./packages.sh $(FILESYSTEMS)
+	@./packages.sh $(FILESYSTEMS) $(if $(filter lvm-thin,$(BACKEND)),$(GUEST))
 	@$(MAKE) --no-print-directory build
-	@go run ./integration/demo
+	@go run ./integration/demo -backend $(BACKEND)
 
 check: lint
 	go test -short ./...

@@ -110,9 +110,9 @@ type Forecast struct {
 
 // Stager moves work out of the frozen window: Stage does ahead, unfrozen, what makes the CreateSnapshot of the same
 // volume and wanted name short. The caller promises that nothing writes to the volume during that CreateSnapshot (it
-// is frozen); when the promise is broken the cut is void. Staging may be repeated, and is worth repeating when the
-// volume changed much. What is staged is not a snapshot: it is thrown away by Unstage and by CreateSnapshot, and it may
-// be gone with the process that staged it; CreateSnapshot is then merely slower.
+// is frozen), unless it is one that freezes itself; when the promise is broken the cut is void. Staging may be repeated,
+// and is worth repeating when the volume changed much. What is staged is not a snapshot: it is thrown away by Unstage
+// and by CreateSnapshot, and it may be gone with the process that staged it; CreateSnapshot is then merely slower.
 type Stager interface {
 	Stage(ctx context.Context, id VolumeID, wanted string) error
 	Unstage(ctx context.Context, id VolumeID, wanted string) error
@@ -210,7 +210,10 @@ type FreezeMode uint8
 const (
 	// FreezeNests: the snapshot works while we hold the filesystem frozen. The usual case.
 	FreezeNests FreezeMode = iota
-	// FreezeSelf: the snapshot freezes the filesystem by itself and fails when it is frozen already.
+	// FreezeSelf: the snapshot stops whoever writes by itself, for its own moment, and so fixes an instant of its own. It
+	// fails when the filesystem right on the volume's device is frozen already, if that is of a kind that device-mapper
+	// freezes (LVM on kernels where its suspend fails with EBUSY then: Linux 6.1 is one). Trees are such volumes too: the
+	// snapshot of a subvolume is one instant by itself, and what it writes to must not be frozen.
 	FreezeSelf
 	// FreezeNone: what is on the volume cannot be frozen from this node (a guest's disk, another node's mount).
 	FreezeNone
@@ -250,11 +253,18 @@ const (
 type Consistency string
 
 const (
-	// FilesystemConsistent: every filesystem on the volume was frozen and provably stayed so.
+	// FilesystemConsistent: every filesystem on the volume stood still, provably but for what Notes.Unverified says, at the
+	// one instant of the cut.
 	FilesystemConsistent Consistency = "filesystem"
+	// VolumeConsistent: every filesystem on the volume stood still, but at an instant of the volume's own, while others of
+	// the cut were frozen: not that of the cut.
+	VolumeConsistent Consistency = "volume"
 	// CrashConsistent: one instant of the volume, as after a power failure.
 	CrashConsistent Consistency = "crash"
 )
+
+// Quiet says that the filesystems stood still: what is on the snapshot was left clean.
+func (c Consistency) Quiet() bool { return c == FilesystemConsistent || c == VolumeConsistent }
 
 // Notes is what a cut tells a snapshot when it publishes it. The backend keeps it and Snapshot gives it back.
 type Notes struct {

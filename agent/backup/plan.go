@@ -154,7 +154,7 @@ func (f Facts) canBeBase(b repository.Backup) bool {
 // judgeBase lets it speak about the comparison with the base.
 func (f Facts) judgeBase(p *Plan) {
 	p.facts.BaseSize = p.Base.Size
-	p.facts.Quiet = p.Base.Consistency == adapters.FilesystemConsistent && f.Snapshot.Notes.Consistency == adapters.FilesystemConsistent
+	p.facts.Quiet = p.Base.Consistency.Quiet() && f.Snapshot.Notes.Consistency.Quiet()
 	for _, b := range f.Backups {
 		p.facts.Smallest = min(p.facts.Smallest, b.Size)
 		if !b.Created.Before(p.Base.Created) {

@@ -140,10 +140,7 @@ func (r Request) adopted(snapshots []adapters.Snapshot) Result {
 	}
 	res := Result{Name: r.Name, Adopted: true, Frozen: []FrozenFilesystem{}}
 	for _, s := range snapshots {
-		res.Snapshots = append(res.Snapshots, s.ID.String())
-		if s.Notes.Consistency == adapters.CrashConsistent {
-			res.Crash = append(res.Crash, s.ID.String())
-		}
+		res.add(s.ID, s.Notes.Consistency)
 		res.Unverified = append(res.Unverified, s.Notes.Unverified...)
 	}
 	res.Unverified = slices.Compact(slices.Sorted(slices.Values(res.Unverified)))

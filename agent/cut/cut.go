@@ -26,6 +26,9 @@ type Request struct {
 	MaxFreeze time.Duration
 	// AllowCrashConsistent accepts volumes whose filesystems cannot be frozen, and records it on their snapshots.
 	AllowCrashConsistent bool
+	// AllowSeparateInstants accepts more than one volume whose snapshot is at an instant of its own, and records it on
+	// the snapshots: the first of them in Volumes is of the cut's instant, each of the others is consistent by itself.
+	AllowSeparateInstants bool
 }
 
 // Volume is a volume to cut: its id, which need not be canonical, and the adapter that knows it.
@@ -57,6 +60,8 @@ type Result struct {
 	Adopted bool `json:"adopted,omitempty"`
 	// Crash lists the handles of the snapshots that are only crash-consistent.
 	Crash []string `json:"crash_consistent,omitempty"`
+	// Separate lists the handles of the snapshots that are consistent, but at an instant of their own.
+	Separate []string `json:"separate_instants,omitempty"`
 	// Unverified says in words what could not be proved.
 	Unverified []string `json:"unverified,omitempty"`
 }
@@ -65,6 +70,9 @@ type Result struct {
 type FrozenFilesystem struct {
 	Filesystem   string  `json:"filesystem"` // its mount point
 	Milliseconds float64 `json:"milliseconds"`
+	// Itself says that not we but its backend froze it, within the call that took the snapshot. Milliseconds is that
+	// call's time: it stood still for no longer.
+	Itself bool `json:"by_backend,omitempty"`
 }
 
 // member is a volume of the cut with all that the cut knows of it.
@@ -222,12 +230,20 @@ func publish(ctx context.Context, r Request, members []member, p Plan, w *window
 		if err := m.adapter.Publish(ctx, m.id, notes); err != nil {
 			return Result{}, fmt.Errorf("the cut %q is verified, but not all of it is published: %w; repeat it to finish", r.Name, err)
 		}
-		res.Snapshots = append(res.Snapshots, m.id.String())
-		if notes.Consistency == adapters.CrashConsistent {
-			res.Crash = append(res.Crash, m.id.String())
-		}
+		res.add(m.id, notes.Consistency)
 	}
 	return res, nil
+}
+
+// add lists a snapshot, and what it is if that is less than the cut's best.
+func (res *Result) add(id adapters.SnapshotID, c adapters.Consistency) {
+	res.Snapshots = append(res.Snapshots, id.String())
+	switch c {
+	case adapters.CrashConsistent:
+		res.Crash = append(res.Crash, id.String())
+	case adapters.VolumeConsistent:
+		res.Separate = append(res.Separate, id.String())
+	}
 }
 
 // discard deletes what a failed cut made, even when its context is over.

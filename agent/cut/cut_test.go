@@ -268,6 +268,31 @@ func TestRepeatingACut(t *testing.T) {
 	}
 }
 
+// A snapshot call outlives the process that made it, and ends when the next cut of that name has looked for leftovers
+// already. What it made is of another instant: it is not taken for the new cut's.
+func TestASnapshotThatComesLate(t *testing.T) {
+	s := newSite(t)
+	r := s.request("late", s.adapter)
+	var late adapters.Snapshot
+	connect := s.node.Freezer
+	s.node.Freezer = func(ctx context.Context) (*freezer.Client, error) {
+		var err error
+		if late, err = s.adapter.CreateSnapshot(ctx, r.Volumes[0].ID, r.Name); err != nil {
+			t.Error(err)
+		}
+		return connect(ctx)
+	}
+	res, err := Make(t.Context(), r, s.node)
+	if err != nil || res.Adopted {
+		t.Fatal(res, err)
+	}
+	for _, snap := range s.snapshots(t) {
+		if snap.ID == late.ID && !snap.Created.After(late.Created) {
+			t.Errorf("%s of %v was taken for one of the cut", snap.ID, snap.Created)
+		}
+	}
+}
+
 // A volume named twice, by two names, is cut once.
 func TestAVolumeNamedTwice(t *testing.T) {
 	s := newSite(t)

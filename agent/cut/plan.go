@@ -3,12 +3,10 @@ package cut
 import (
 	"errors"
 	"fmt"
-	"slices"
 	"strings"
 	"time"
 
 	"stillpoint.io/stillpoint/adapters"
-	"stillpoint.io/stillpoint/agent/freezer"
 	"stillpoint.io/stillpoint/agent/mounts"
 	"stillpoint.io/stillpoint/fault"
 )
@@ -42,6 +40,8 @@ type Member struct {
 	Volume      string               `json:"volume"`
 	Snapshot    string               `json:"snapshot"`
 	Consistency adapters.Consistency `json:"consistency"`
+	// Itself are the filesystems on it that are frozen not by us but by its backend, in the moment of the snapshot.
+	Itself []Freezing `json:"freezes_itself,omitempty"`
 	// Why is the reason, in words, for a consistency that is less than the filesystem's; or what could not be checked.
 	Why []string `json:"why,omitempty"`
 }
@@ -54,187 +54,59 @@ type facts struct {
 	refused map[mounts.Device]string              // filesystems never frozen, and why
 }
 
-// selfFrozen are the types that device-mapper's suspend freezes by itself; btrfs, with more than one device to a
-// superblock, it does not (measured on Linux 6.1 and 6.12).
-var selfFrozen = []string{"ext3", "ext4", "xfs"}
-
-// makePlan decides. Errors: Unsupported when a volume cannot be frozen and crash consistency is not allowed, Invalid
-// when no order of freezing and snapshotting exists.
+// makePlan decides. Errors: Unsupported when a volume cannot be frozen, or not be of the cut's instant, and the request
+// does not allow that; Invalid when no order of freezing and snapshotting exists.
 func makePlan(r Request, volumes []adapters.Volume, f facts) (Plan, error) {
 	p := Plan{Name: r.Name, MaxFreeze: r.MaxFreeze}
-	var devices []mounts.Device // of the whole cut
-	for _, v := range volumes {
-		if v.Device != 0 {
-			devices = append(devices, mounts.Device(v.Device))
-		}
+	needs, err := f.needs(volumes)
+	if err != nil {
+		return Plan{}, err
 	}
-	freeze := make([][]Freezing, len(volumes)) // what must be frozen before a volume's snapshot
 	var refusals []error
-	selves := 0
+	var alone []adapters.Volume // those that fix an instant of their own
 	for i, v := range volumes {
 		m := Member{Volume: v.ID.String(), Snapshot: adapters.SnapshotID{Volume: v.ID, Name: adapters.Name(r.Name)}.String(), Consistency: adapters.FilesystemConsistent}
-		frozen, self, why, err := f.freezings(v, devices)
-		if err != nil {
-			return Plan{}, err
-		}
-		if self {
-			if selves++; selves > 1 {
-				why = append(why, "its backend freezes by itself and fails under our freeze on this kernel, which works for one volume of a cut only")
-			}
-		}
-		if len(why) > 0 {
-			m.Consistency, m.Why = adapters.CrashConsistent, why
+		switch {
+		case len(needs[i].why) > 0:
+			m.Consistency, m.Why = adapters.CrashConsistent, needs[i].why
 			if !r.AllowCrashConsistent {
-				refusals = append(refusals, fault.Errorf(fault.Unsupported, "%s cannot be frozen: %s", v.ID, strings.Join(why, "; ")))
+				refusals = append(refusals, fault.Errorf(fault.Unsupported, "%s cannot be frozen: %s", v.ID, strings.Join(m.Why, "; ")))
 			}
-			frozen = nil
+			needs[i] = need{}
+		case needs[i].alone:
+			if alone = append(alone, v); len(alone) > 1 {
+				m.Consistency, m.Why = adapters.VolumeConsistent, []string{instantWhy(v) + ", as that of " + alone[0].ID.String() + " does"}
+			}
+			m.Itself = needs[i].itself
 		}
-		freeze[i] = frozen
 		p.Members = append(p.Members, m)
 	}
 	if len(refusals) > 0 {
 		return Plan{}, fmt.Errorf("%w; leave it out, or allow a crash-consistent snapshot of it with --allow-crash-consistent", errors.Join(refusals...))
 	}
-	var err error
-	p.Steps, err = f.steps(volumes, freeze)
+	if len(alone) > 1 && !r.AllowSeparateInstants {
+		return Plan{}, separate(alone)
+	}
+	p.Steps, err = f.steps(volumes, needs, p.Members)
 	return p, err
 }
 
-// freezings returns the filesystems to freeze for a volume; whether its backend freezes them instead; and the reasons,
-// in words, why they cannot be frozen.
-func (f facts) freezings(v adapters.Volume, cut []mounts.Device) (frozen []Freezing, self bool, why []string, err error) {
-	switch {
-	case v.Freeze == adapters.FreezeNone:
-		return nil, false, []string{"what is on it cannot be frozen from this node"}, nil
-	case v.Device == 0 && v.Path == "":
-		return nil, false, []string{"it is not attached to this node, and nobody can say who writes to it"}, nil
-	case v.Device == 0 && f.open[v.ID]:
-		return nil, false, []string{"a process has it open: a virtual machine's disk must be frozen from inside"}, nil
-	case v.Device == 0:
-		return nil, false, nil, nil // at rest
+// instantWhy says why a volume's snapshot is at an instant of its own.
+func instantWhy(v adapters.Volume) string {
+	if v.Form == adapters.TreeForm {
+		return "its snapshot fixes an instant of its own"
 	}
-	for _, d := range f.hidden[v.ID] {
-		why = append(why, fmt.Sprintf("something holds %s without a mount to be seen here (another mount namespace, a guest, swap)", f.name(d)))
-	}
-	on, err := f.table.On(mounts.Device(v.Device))
-	if err != nil {
-		return nil, false, nil, err
-	}
-	if len(on) == 0 && len(why) == 0 {
-		why = append(why, fmt.Sprintf("%s is attached but not mounted: whoever writes to it raw cannot be stopped (detach it, or mount it)", f.name(mounts.Device(v.Device))))
-	}
-	for _, fs := range on {
-		if fs.Type == "overlay" || fs.ReadOnly {
-			continue // an overlay's data is its upper layer's; what is read-only stands still already
-		}
-		if v.Freeze == adapters.FreezeSelf && slices.Contains(selfFrozen, fs.Type) {
-			self = true
-			continue
-		}
-		fz, no := f.freezing(fs, cut)
-		if no != "" {
-			why = append(why, no)
-			continue
-		}
-		frozen = append(frozen, fz)
-	}
-	return frozen, self, why, nil
+	return "this kernel cannot snapshot it while its filesystem is frozen (device-mapper's suspend fails with EBUSY, as on Linux 6.1), so device-mapper freezes it for an instant of its own"
 }
 
-// freezing decides whether a filesystem can be frozen, or says in words why not.
-func (f facts) freezing(fs mounts.Filesystem, cut []mounts.Device) (Freezing, string) {
-	if why, ok := f.refused[fs.ID]; ok {
-		return Freezing{}, fmt.Sprintf("%s is never frozen: %s", fs, why)
+// separate is the error for more than one volume with an instant of its own.
+func separate(alone []adapters.Volume) error {
+	var all []string
+	for _, v := range alone {
+		all = append(all, fmt.Sprintf("%s: %s", v.ID, instantWhy(v)))
 	}
-	if !slices.Contains(freezer.Types, fs.Type) {
-		return Freezing{}, fmt.Sprintf("%s: a filesystem of this type cannot be frozen", fs)
-	}
-	if out := f.table.Uncovered(fs.ID, cut...); len(out) > 0 {
-		var names []string
-		for _, d := range out {
-			names = append(names, f.name(d))
-		}
-		return Freezing{}, fmt.Sprintf("%s also stands on %s, outside this cut: cut those volumes together", fs, strings.Join(names, ", "))
-	}
-	under, err := f.table.Under(fs.ID)
-	if err != nil {
-		return Freezing{}, err.Error()
-	}
-	if len(under.Unknown) > 0 { // what it stands on may have to be frozen later, and we would not know
-		return Freezing{}, fmt.Sprintf("%s: %s", fs, strings.Join(under.Unknown, "; "))
-	}
-	at, err := f.table.OpenAt(fs.ID)
-	if err != nil {
-		return Freezing{}, err.Error()
-	}
-	return Freezing{Filesystem: at.Point, Type: fs.Type, Device: fs.ID, Members: fs.Members}, ""
-}
-
-// steps orders freezing and snapshots: every filesystem of a volume is frozen before its snapshot, upper filesystems
-// before the ones that they stand on, and a filesystem that a snapshot writes to only after that snapshot.
-func (f facts) steps(volumes []adapters.Volume, freeze [][]Freezing) ([]Step, error) {
-	byDevice := map[mounts.Device]Freezing{}
-	var ids []mounts.Device
-	for _, list := range freeze {
-		for _, fz := range list {
-			if _, ok := byDevice[fz.Device]; !ok {
-				byDevice[fz.Device] = fz
-				ids = append(ids, fz.Device)
-			}
-		}
-	}
-	order, err := f.table.Order(ids...)
-	if err != nil {
-		return nil, err
-	}
-	var pending []int
-	blocks := make([]map[mounts.Device]bool, len(volumes)) // frozen, these would block a volume's snapshot
-	for i, v := range volumes {
-		pending = append(pending, i)
-		blocks[i] = map[mounts.Device]bool{}
-		if pool, ok := f.table.Filesystem(mounts.Device(v.WritesTo)); ok {
-			under, err := f.table.Under(pool.ID)
-			if err != nil {
-				return nil, err
-			}
-			for _, d := range append(under.Filesystems, pool.ID) {
-				blocks[i][d] = true
-			}
-		}
-	}
-	steps := []Step{{}}
-	frozen := map[mounts.Device]bool{}
-	for _, fs := range order {
-		var now []int
-		pending = slices.DeleteFunc(pending, func(i int) bool {
-			if blocks[i][fs.ID] {
-				now = append(now, i)
-			}
-			return blocks[i][fs.ID]
-		})
-		for _, i := range now {
-			for _, needed := range freeze[i] {
-				if !frozen[needed.Device] {
-					return nil, fault.Errorf(fault.Invalid, "%s: its snapshot writes to %s, which would have to be frozen before it: cut them apart", volumes[i].ID, fs)
-				}
-			}
-		}
-		if len(now) > 0 {
-			steps[len(steps)-1].Snapshot = now
-			steps = append(steps, Step{})
-		}
-		steps[len(steps)-1].Freeze = append(steps[len(steps)-1].Freeze, byDevice[fs.ID])
-		frozen[fs.ID] = true
-	}
-	steps[len(steps)-1].Snapshot = pending
-	return steps, nil
-}
-
-func (f facts) name(d mounts.Device) string {
-	if b, ok := f.table.Device(d); ok {
-		return "/dev/" + b.Name
-	}
-	return "device " + d.String()
+	return fault.Errorf(fault.Unsupported, "only one such volume can be of one instant with the others: %s. Cut them one at a time, or accept an instant for each with --allow-separate-instants; for LVM, a newer kernel (Linux 6.12 is known to do) has no such limit",
+		strings.Join(all, "; "))
 }
 
 // String is the plan for people, a line a thing to do.
@@ -247,6 +119,9 @@ func (p Plan) String() string {
 		}
 		for _, i := range s.Snapshot {
 			fmt.Fprintf(&b, "  snapshot  %s\n", p.Members[i].Snapshot)
+			for _, f := range p.Members[i].Itself {
+				fmt.Fprintf(&b, "            freezes %s (%s) by itself\n", f.Filesystem, f.Type)
+			}
 			for _, why := range p.Members[i].Why {
 				fmt.Fprintf(&b, "            %s-consistent: %s\n", p.Members[i].Consistency, why)
 			}
@@ -260,6 +135,15 @@ func (p Plan) String() string {
 func (p Plan) frozen() (all []Freezing) {
 	for _, s := range p.Steps {
 		all = append(all, s.Freeze...)
+	}
+	return all
+}
+
+// flushed lists all that will be frozen, by us or by a backend: what is written out beforehand is not waited for then.
+func (p Plan) flushed() []Freezing {
+	all := p.frozen()
+	for _, m := range p.Members {
+		all = append(all, m.Itself...)
 	}
 	return all
 }

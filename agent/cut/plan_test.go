@@ -1,7 +1,6 @@
 package cut
 
 import (
-	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -18,6 +17,7 @@ type machine struct {
 	filesystems []mounts.Filesystem
 	devices     []mounts.BlockDevice
 	mountID     int
+	volumes     []adapters.Volume // of the case at hand
 }
 
 func dev(n uint32) mounts.Device { return mounts.MakeDevice(8, n) }
@@ -241,27 +241,6 @@ func TestPlanLeavesWhatIsAtRestOrReadOnly(t *testing.T) {
 	p := planned(t, m.facts(), false, volume("file", 0), volume("ro", d))
 	if got, want := shape(p), "freeze; snapshot 0 1"; got != want {
 		t.Errorf("plan %q, want %q", got, want)
-	}
-}
-
-// On a kernel where a backend freezes by itself and fails under our freeze, exactly one such volume can be in a cut
-// that is one instant; btrfs, which device-mapper does not freeze, is frozen by us.
-func TestPlanLetsOneVolumeFreezeItself(t *testing.T) {
-	m := newMachine()
-	a, b, c := m.disk(1), m.disk(2), m.disk(3)
-	m.fs("xfs", "/a", a)
-	m.fs("ext4", "/b", b)
-	m.fs("btrfs", "/c", c)
-	va, vb, vc := volume("a", a), volume("b", b), volume("c", c)
-	va.Freeze, vc.Freeze = adapters.FreezeSelf, adapters.FreezeSelf
-	got := shape(planned(t, m.facts(), false, va, vb, vc))
-	if strings.Contains(got, "/a") || !strings.Contains(got, "/b") || !strings.Contains(got, "/c") {
-		t.Errorf("plan %q: want /b and /c frozen, /a left to its backend", got)
-	}
-	vb.Freeze = adapters.FreezeSelf
-	_, err := makePlan(Request{Name: "n", MaxFreeze: time.Second}, []adapters.Volume{va, vb}, m.facts())
-	if !errors.Is(err, fault.Unsupported) {
-		t.Errorf("two volumes that freeze themselves: %v", err)
 	}
 }
 

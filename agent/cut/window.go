@@ -1,6 +1,7 @@
 package cut
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -19,6 +20,7 @@ type window struct {
 	staged     bool                // something may be staged in the backends
 	begun      bool                // snapshots may exist
 	snapshots  []adapters.Snapshot // in the members' order
+	took       []time.Duration     // by the calls that made them
 	calls      sync.WaitGroup      // snapshot calls, which may outlive the freeze
 	frozen     []FrozenFilesystem  // in the order of freezing
 	lost       []string            // freezes that were not held, in words
@@ -31,10 +33,13 @@ type window struct {
 // ends the freeze and not the deadline.
 const margin = 100 * time.Millisecond
 
+// patience is how long a device is waited for that is asked whether it counts.
+const patience = 5 * time.Second
+
 // cutting syncs, freezes, snapshots and thaws. The window is returned also with an error, for discard.
 func cutting(ctx context.Context, r Request, n Node, members []member, p Plan, client *freezer.Client) (*window, error) {
-	w := &window{wanted: r.Name, snapshots: make([]adapters.Snapshot, len(members))}
-	if err := n.sync(ctx, r, p.frozen()); err != nil {
+	w := &window{wanted: r.Name, snapshots: make([]adapters.Snapshot, len(members)), took: make([]time.Duration, len(members))}
+	if err := n.sync(ctx, r, p.flushed()); err != nil {
 		return w, err
 	}
 	w.staged = true
@@ -48,10 +53,14 @@ func cutting(ctx context.Context, r Request, n Node, members []member, p Plan, c
 	if err != nil {
 		return w, err
 	}
-	if err := n.sync(ctx, r, p.frozen()); err != nil {
+	if err := n.sync(ctx, r, p.flushed()); err != nil {
 		return w, err
 	}
 	for {
+		// A snapshot call may outlive the process that made it, and what it makes so late is of no instant of ours.
+		if done, err := adopt(ctx, r.Name, members); err != nil || done != nil {
+			return w, cmp.Or(err, fault.Errorf(fault.Busy, "the cut %q was made by another process just now: repeat it", r.Name))
+		}
 		err := w.run(ctx, r, n, members, p, client)
 		var busy *freezer.Error
 		if w.begun || !errors.As(err, &busy) || busy.Reason != freezer.Busy || busy.Wait <= 0 {
@@ -62,7 +71,7 @@ func cutting(ctx context.Context, r Request, n Node, members []member, p Plan, c
 		case <-ctx.Done():
 			return w, errors.Join(inWords(err, r), ctx.Err())
 		}
-		if err := n.sync(ctx, r, p.frozen()); err != nil {
+		if err := n.sync(ctx, r, p.flushed()); err != nil {
 			return w, err
 		}
 	}
@@ -104,10 +113,24 @@ func (w *window) run(ctx context.Context, r Request, n Node, members []member, p
 	}
 	for _, b := range readings {
 		w.moved = append(w.moved, b.moved()...)
-		w.unverified = append(w.unverified, b.uncounted...)
+		w.unverified = append(w.unverified, b.uncounted(ctx, n)...)
+	}
+	if err == nil {
+		w.itself(p)
 	}
 	w.jumped = time.Now().Round(0).Sub(begin.Round(0)) - time.Since(begin)
 	return err
+}
+
+// itself reports on what backends froze by themselves. Nothing proves it: the snapshot's point in time is within the
+// freeze, and what is written to the device just after it is so by right.
+func (w *window) itself(p Plan) {
+	for i, m := range p.Members {
+		for _, f := range m.Itself {
+			w.frozen = append(w.frozen, FrozenFilesystem{f.Filesystem, milliseconds(w.took[i]), true})
+			w.unverified = append(w.unverified, fmt.Sprintf("%s (%s): its backend froze it in the moment of the snapshot, not we; a stranger's thaw in that moment would not have been noticed", f.Filesystem, f.Type))
+		}
+	}
 }
 
 // thaw ends the lease and keeps its report. It waits by the freezer's own time-outs, not by the cut's context.
@@ -117,7 +140,7 @@ func (w *window) thaw(lease *freezer.Lease) {
 		w.lost = append(w.lost, err.Error())
 	}
 	for _, f := range report {
-		w.frozen = append(w.frozen, FrozenFilesystem{f.Mount, float64(f.Duration.Microseconds()) / 1000})
+		w.frozen = append(w.frozen, FrozenFilesystem{f.Mount, milliseconds(f.Duration), false})
 		if !f.Held {
 			w.lost = append(w.lost, fmt.Sprintf("%s: %s", f.Mount, f.Why))
 		}
@@ -132,8 +155,9 @@ func (w *window) snapshot(ctx context.Context, r Request, members []member, step
 	done := make(chan error, len(step))
 	for _, i := range step {
 		w.calls.Go(func() {
+			begin := time.Now()
 			s, err := members[i].adapter.CreateSnapshot(ctx, members[i].volume.ID, r.Name)
-			w.snapshots[i] = s
+			w.snapshots[i], w.took[i] = s, time.Since(begin)
 			done <- err
 		})
 	}
@@ -181,7 +205,8 @@ func grow(ctx context.Context, client *freezer.Client, lease *freezer.Lease, ste
 	return client.Freeze(ctx, freezer.Request{Filesystems: all, First: len(step.Freeze), MaxFreeze: p.MaxFreeze})
 }
 
-// stage lets the backends do ahead what they can, for the volumes that nothing will write to while they are cut.
+// stage lets the backends do ahead what they can, for the volumes that nothing will write to while they are cut, and for
+// those that freeze themselves.
 func stage(ctx context.Context, r Request, members []member, p Plan) error {
 	return each(len(members), func(i int) error {
 		stager, ok := adapters.As[adapters.Stager](members[i].adapter)
@@ -196,7 +221,6 @@ func stage(ctx context.Context, r Request, members []member, p Plan) error {
 type reading struct {
 	devices       []mounts.Device
 	names         []string
-	uncounted     []string
 	before, after []mounts.Counters
 }
 
@@ -214,14 +238,26 @@ func (n Node) read(ctx context.Context, frozen []Freezing) (reading, error) {
 	return b, err
 }
 
+// again reads them for the second time.
 func (b *reading) again(ctx context.Context, n Node) (err error) {
 	b.after, err = n.Host.Counters(ctx, b.devices...)
-	for i := range b.after {
-		if !b.after[i].Kept {
-			b.uncounted = append(b.uncounted, fmt.Sprintf("%s: the kernel keeps no write counters for device %s", b.names[i], b.devices[i]))
+	return err
+}
+
+// uncounted says in words for which devices the counters prove nothing. It is called after the thaw: where a device is
+// said to have none, it is tried.
+func (b reading) uncounted(ctx context.Context, n Node) (words []string) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	for i, c := range b.after {
+		if c.Kept {
+			continue
+		}
+		if counts, err := n.Host.CountsRegardless(ctx, b.devices[i]); err != nil || !counts {
+			words = append(words, fmt.Sprintf("%s: the kernel keeps no write counters for device %s", b.names[i], b.devices[i]))
 		}
 	}
-	return err
+	return words
 }
 
 // moved names the filesystems whose devices were written to between the readings.
@@ -233,6 +269,8 @@ func (b reading) moved() (names []string) {
 	}
 	return names
 }
+
+func milliseconds(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
 
 // inWords gives an error from the window a kind and the deadline's name.
 func inWords(err error, r Request) error {

@@ -9,8 +9,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// local are the types that a path to a mount point may lead through. Everything else (NFS, CIFS, FUSE, autofs, 9p, …)
-// can hang for ever in a look-up, and is told from mountinfo alone, before the path is touched.
+// local are the types that a path to a mount point may lead through, once it has left the root. Everything else (NFS,
+// CIFS, FUSE, autofs, 9p, …) can hang for ever in a look-up, and is told from mountinfo alone, before the path is
+// touched.
 var local = []string{"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "tmpfs", "ramfs", "rootfs", "devtmpfs", "overlay", "squashfs", "erofs"}
 
 // system are places without which the machine or our own container does not live. The filesystem that holds one of
@@ -88,10 +89,8 @@ func acceptOne(f Filesystem, s surroundings) (mount, error) {
 		return mount{}, errorf(Invalid, f.Mount, "not a clean absolute path of at most %d bytes", len(entry{}.Mount)-1)
 	}
 	passed := route(s.mounts, f.Mount)
-	for _, m := range passed[:max(0, len(passed)-1)] {
-		if !slices.Contains(local, m.Type) {
-			return mount{}, errorf(Refused, f.Mount, "the way to it leads through %s (%s), which may hang: give another mount point of it", m.Point, m.Type)
-		}
+	if m, ok := mayHang(passed[:max(0, len(passed)-1)]); ok {
+		return mount{}, errorf(Refused, f.Mount, "the way to it leads through %s (%s), which may hang: give another mount point of it", m.Point, m.Type)
 	}
 	if len(passed) == 0 || passed[len(passed)-1].Point != f.Mount {
 		return mount{}, errorf(Invalid, f.Mount, "nothing is mounted there")
@@ -109,6 +108,18 @@ func acceptOne(f Filesystem, s surroundings) (mount, error) {
 		return mount{}, errorf(Refused, f.Mount, "holds %s, and is never frozen", why)
 	}
 	return m, nil
+}
+
+// mayHang finds the mount on a way in which a look-up may never end. The first one, the root, is not asked: every
+// process stands on it, ours too, so where a diskless machine's server is gone nothing runs that could be kept from
+// hanging.
+func mayHang(passed []mount) (mount, bool) {
+	for i, m := range passed {
+		if i > 0 && !slices.Contains(local, m.Type) {
+			return m, true
+		}
+	}
+	return mount{}, false
 }
 
 // protect finds the superblocks that must never be frozen: those that hold one of the paths, or pid 1's root, those

@@ -229,3 +229,20 @@ func TestAccept(t *testing.T) {
 		}
 	}
 }
+
+// On a diskless machine everything stands on a network, and nothing would run without it: what comes after is judged.
+func TestAcceptOnADisklessMachine(t *testing.T) {
+	s := surroundings{storedOn: func(Filesystem, mount) []Device { return nil }, mounts: []mount{
+		{ID: 1, Point: "/", Type: "nfs4", Device: 1},
+		{ID: 2, Parent: 1, Point: "/v", Type: "ext4", Device: 2},
+		{ID: 3, Parent: 1, Point: "/net", Type: "nfs4", Device: 3},
+		{ID: 4, Parent: 3, Point: "/net/v", Type: "ext4", Device: 4},
+	}}
+	if _, err := accept(Request{Filesystems: []Filesystem{{"/v", 2, "ext4"}}}, s); err != nil {
+		t.Error(err)
+	}
+	for _, f := range []Filesystem{{"/", 1, "nfs4"}, {"/net/v", 4, "ext4"}} {
+		_, err := accept(Request{Filesystems: []Filesystem{f}}, s)
+		wantReason(t, err, Refused)
+	}
+}

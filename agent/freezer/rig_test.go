@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"stillpoint.io/stillpoint/integration/lab"
+	"stillpoint.io/stillpoint/integration/vm"
 )
 
 // long is how long a test waits for what should happen soon. It says nothing about the promise, which is measured and
@@ -31,8 +32,15 @@ var raceFlags []string
 // builtIn is the folder that program made.
 var builtIn string
 
-// program builds the real program once a run.
+// envThinPool names a thin pool in which to make the filesystems, instead of in files: package integration/thin runs
+// these tests so.
+const envThinPool = "STILLPOINT_TEST_THIN_POOL"
+
+// program builds the real program once a run, where it was not built beforehand.
 var program = sync.OnceValues(func() (string, error) {
+	if vm.Inside() {
+		return vm.Program("stillpoint-freezer"), nil
+	}
 	dir, err := os.MkdirTemp("", "stillpoint-freezer-")
 	if err != nil {
 		return "", err
@@ -176,7 +184,7 @@ func (r *rig) connect() *Client {
 	return c
 }
 
-// volume makes a small mounted filesystem.
+// volume makes a small mounted filesystem, whose device is its own.
 func (r *rig) volume(name, fstype string) *lab.Filesystem {
 	r.t.Helper()
 	size := int64(32 << 20)
@@ -186,7 +194,11 @@ func (r *rig) volume(name, fstype string) *lab.Filesystem {
 	case "btrfs":
 		size = 128 << 20
 	}
-	fs, err := r.lab.Pool(r.t.Context(), name, fstype, size)
+	make := r.lab.Pool
+	if pool := os.Getenv(envThinPool); pool != "" {
+		make = lab.ThinPool(pool).In(r.lab)
+	}
+	fs, err := make(r.t.Context(), name, fstype, size)
 	if err != nil {
 		r.t.Fatal(err)
 	}

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"time"
 
@@ -181,11 +180,7 @@ func reach(f Filesystem, source string, blockDev uint64) (int, error) {
 		if m.Device != f.Device || m.Type != f.Type || m.Point == "" {
 			continue
 		}
-		safe := true
-		for _, p := range route(mounts, m.Point) {
-			safe = safe && slices.Contains(local, p.Type)
-		}
-		if !safe {
+		if _, hangs := mayHang(route(mounts, m.Point)); hangs {
 			continue
 		}
 		if fd, err := openVerified(Filesystem{Mount: m.Point, Device: f.Device, Type: f.Type}); err == nil {

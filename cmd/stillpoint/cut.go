@@ -30,15 +30,17 @@ var never = []string{"/var/log", "/var/lib/kubelet", "/var/lib/containerd", "/va
 
 // cutFlags are the flags of every command that cuts.
 type cutFlags struct {
-	all        bool
-	maxFreeze  time.Duration
-	allowCrash bool
+	all           bool
+	maxFreeze     time.Duration
+	allowCrash    bool
+	allowSeparate bool
 }
 
 func (f *cutFlags) register(c *cobra.Command) {
 	c.Flags().BoolVar(&f.all, "all", false, "every volume of the configured backends that is mounted on this node")
 	c.Flags().DurationVar(&f.maxFreeze, "max-freeze", 10*time.Second, "the absolute deadline of the freeze, at most 60s")
 	c.Flags().BoolVar(&f.allowCrash, "allow-crash-consistent", false, "accept volumes that cannot be frozen, and record it on their snapshots")
+	c.Flags().BoolVar(&f.allowSeparate, "allow-separate-instants", false, "accept volumes that can only be snapshotted at an instant of their own, and record it on their snapshots")
 }
 
 func (a *app) cutCommand() *cobra.Command {
@@ -86,7 +88,7 @@ was made is returned as it is, one that died half-way is removed and made anew.`
 }
 
 func (f cutFlags) request(name string, volumes []cut.Volume) cut.Request {
-	return cut.Request{Name: name, Volumes: volumes, MaxFreeze: f.maxFreeze, AllowCrashConsistent: f.allowCrash}
+	return cut.Request{Name: name, Volumes: volumes, MaxFreeze: f.maxFreeze, AllowCrashConsistent: f.allowCrash, AllowSeparateInstants: f.allowSeparate}
 }
 
 func (a *app) cut(ctx context.Context, r cut.Request) (cut.Result, error) {
@@ -97,21 +99,24 @@ func (a *app) cut(ctx context.Context, r cut.Request) (cut.Result, error) {
 }
 
 func (a *app) printCut(res cut.Result) {
-	crash := map[string]bool{}
+	less := map[string]string{}
 	for _, h := range res.Crash {
-		crash[h] = true
+		less[h] = "  (crash-consistent)"
+	}
+	for _, h := range res.Separate {
+		less[h] = "  (at an instant of its own)"
 	}
 	for _, h := range res.Snapshots {
-		if crash[h] {
-			a.say("%s  (crash-consistent)", h)
-			continue
-		}
-		a.say("%s", h)
+		a.say("%s%s", h, less[h])
 	}
 	if res.Adopted {
 		a.say("cut %s was made before", res.Name)
 	}
 	for _, f := range res.Frozen {
+		if f.Itself {
+			a.say("frozen by its backend, for less than %.1f ms: %s", f.Milliseconds, f.Filesystem)
+			continue
+		}
 		a.say("frozen for %.1f ms: %s", f.Milliseconds, f.Filesystem)
 	}
 	for _, u := range res.Unverified {

@@ -195,7 +195,9 @@ func programs(t *testing.T) string {
 
 type cutJSON struct {
 	Name      string
+	Adopted   bool
 	Snapshots []string
+	Separate  []string `json:"separate_instants"`
 	Frozen    []struct {
 		Filesystem   string
 		Milliseconds float64

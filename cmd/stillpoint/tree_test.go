@@ -117,3 +117,35 @@ func TestTreeStory(t *testing.T) {
 	must(t, "verify", "--all")
 	must(t, "forget", "--force", r.Backup)
 }
+
+// Two folders are two instants: refused with a reason and a remedy, or allowed and recorded.
+func TestCutOfTwoInstants(t *testing.T) {
+	l := lab.Test(t)
+	programs(t)
+	environment(t, l.Dir)
+	pool, err := l.Pool(t.Context(), "pool", "btrfs", 1<<30)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var volumes []string
+	for _, name := range []string{"one", "two"} {
+		tree := filepath.Join(pool.Mount, name)
+		if out, err := exec.CommandContext(t.Context(), "btrfs", "subvolume", "create", tree).CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		volumes = append(volumes, "reflink:"+tree)
+	}
+	cut := func(more ...string) []string {
+		return append(append([]string{"cut", "--name", "both"}, more...), volumes...)
+	}
+	refuses(t, 5, []string{"one", "two", "an instant of its own", "one at a time", "--allow-separate-instants"}, cut()...)
+	refuses(t, 5, []string{"--allow-separate-instants"}, cut("--allow-crash-consistent")...)
+	text := must(t, cut("--allow-separate-instants")...)
+	if lines := strings.Split(text, "\n"); !strings.HasSuffix(lines[0], "/one@both") || !strings.HasSuffix(lines[1], "/two@both  (at an instant of its own)") {
+		t.Errorf("cut prints:\n%s", text)
+	}
+	again := decode[cutJSON](t, must(t, cut("--allow-separate-instants", "--json")...))[0]
+	if !again.Adopted || len(again.Separate) != 1 || again.Separate[0] != again.Snapshots[1] {
+		t.Errorf("%+v", again)
+	}
+}

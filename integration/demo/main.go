@@ -1,12 +1,19 @@
 // Command demo shows Stillpoint's main job on real filesystems of this machine, start to end, with the real programs:
-// a pool with two mounted volumes and a writer on both; two cuts, the changed blocks between them, a full and an
-// incremental backup, a restore over old bytes; and the proof of each claim. It needs root and leaves nothing behind.
+// two mounted volumes and a writer on both; two cuts, the changed blocks between them, a full and an incremental backup,
+// a restore over old bytes; and the proof of each claim. It needs root and leaves nothing behind.
+//
+//	demo [-backend reflink|lvm-thin] [PROGRAM]
+//
+// With reflink both volumes are files of a pool. With lvm-thin one is a thin volume, in the same cut with a file: that
+// is one instant on every kernel, also where two thin volumes cannot be. It runs where there is device-mapper (package
+// vm).
 package main
 
 import (
 	"bytes"
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"os"
@@ -14,25 +21,48 @@ import (
 	"os/signal"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"syscall"
 	"time"
 
-	"stillpoint.io/stillpoint/adapters"
-	"stillpoint.io/stillpoint/adapters/reflink"
 	"stillpoint.io/stillpoint/integration/lab"
+	"stillpoint.io/stillpoint/integration/vm"
 )
 
 func main() {
+	vm.Init()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
+	backend := flag.String("backend", "reflink", "what the volumes are on: reflink or lvm-thin")
+	flag.Parse()
 	program := filepath.Join("bin", "stillpoint")
-	if len(os.Args) > 1 {
-		program = os.Args[1]
+	if flag.NArg() > 0 {
+		program = flag.Arg(0)
 	}
-	if err := run(ctx, os.Stdout, program); err != nil {
+	code, err := start(ctx, os.Stdout, *backend, program)
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "demo:", err)
-		os.Exit(1)
+		code = max(code, 1)
 	}
+	os.Exit(code)
+}
+
+// start runs the demo here, or where there is device-mapper if the backend needs that: then this program runs itself
+// there, and the code is that one's.
+func start(ctx context.Context, out io.Writer, backend, program string) (int, error) {
+	program, err := filepath.Abs(program)
+	if err != nil {
+		return 0, err
+	}
+	if backend != "lvm-thin" || vm.Inside() {
+		return 0, run(ctx, out, backend, program)
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return 0, err
+	}
+	return vm.Run(ctx, vm.Config{Memory: 2 << 30, Disks: []int64{poolSize}}, vm.Command{
+		Path: self, Args: []string{"-backend", backend, program}, Stdout: out, Stderr: os.Stderr})
 }
 
 const (
@@ -47,30 +77,32 @@ type demo struct {
 	out     io.Writer
 	program string
 	lab     *lab.Lab
-	pool    *lab.Filesystem
-	volumes []*lab.Filesystem
+	grounds grounds
+	volumes []volume
+	args    []string // before those of every command
 	env     []string
 	begin   time.Time
 }
 
-func run(ctx context.Context, out io.Writer, program string) (err error) {
-	program, err = filepath.Abs(program)
+func run(ctx context.Context, out io.Writer, backend, program string) (err error) {
+	g, err := newGrounds(ctx, backend)
 	if err != nil {
 		return err
 	}
+	defer func() { err = errors.Join(err, g.close()) }()
 	l, err := lab.Open("demo")
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, l.Close()) }()
-	d := &demo{out: out, program: program, lab: l, begin: time.Now()}
+	d := &demo{out: out, program: program, lab: l, grounds: g, begin: time.Now()}
 
-	d.title("a pool (XFS with reflink, in a sparse file) with two volumes (ext4 and XFS, on loop devices), all mounted")
+	d.title(g.title())
 	if err := d.build(ctx); err != nil {
 		return err
 	}
 	d.title("a writer on both volumes, which will not stop: it appends 1, 2, 3, … to the first and then to the second, and rewrites random blocks")
-	writer, err := lab.StartWriter([]string{d.volumes[0].Mount, d.volumes[1].Mount}, dataSize, 20*mib)
+	writer, err := lab.StartWriter([]string{d.volumes[0].fs.Mount, d.volumes[1].fs.Mount}, dataSize, 20*mib)
 	if err != nil {
 		return err
 	}
@@ -115,7 +147,7 @@ func run(ctx context.Context, out io.Writer, program string) (err error) {
 		return fmt.Errorf("expected two backup handles, got %q", backups)
 	}
 
-	d.title("a restore of both, over files full of 0xA5, so that every hole has to be written")
+	d.title("a restore of both, over volumes full of 0xA5, so that every hole has to be written")
 	restored, err := d.restore(ctx, backups)
 	if err != nil {
 		return err
@@ -134,31 +166,31 @@ func run(ctx context.Context, out io.Writer, program string) (err error) {
 }
 
 func (d *demo) build(ctx context.Context) (err error) {
-	if d.pool, err = d.lab.Pool(ctx, "pool", "xfs", poolSize); err != nil {
+	if d.volumes, err = d.grounds.volumes(ctx, d.lab); err != nil {
 		return err
 	}
-	for _, fstype := range []string{"ext4", "xfs"} {
-		v, err := d.lab.Volume(ctx, d.pool.Mount, "volume-"+fstype, fstype, volumeSize)
-		if err != nil {
-			return err
-		}
-		d.volumes = append(d.volumes, v)
-		d.say("  %s on %s at %s", v.File, v.Device, v.Mount)
+	for _, v := range d.volumes {
+		d.say("  %s (%s) on %s at %s", v.id, v.fs.Type, v.fs.Device, v.fs.Mount)
 	}
 	passphrase := filepath.Join(d.lab.Dir, "passphrase")
 	d.env = append(os.Environ(), "STILLPOINT_RUN="+filepath.Join(d.lab.Dir, "run"), "STILLPOINT_REMOTE="+filepath.Join(d.lab.Dir, "remote"), "STILLPOINT_PASSPHRASE_FILE="+passphrase)
-	return os.WriteFile(passphrase, []byte("only for this demo\n"), 0o600)
+	if err := os.WriteFile(passphrase, []byte("only for this demo\n"), 0o600); err != nil || d.grounds.thin == "" {
+		return err // what is configured by itself is enough
+	}
+	config := filepath.Join(d.lab.Dir, "config.yaml")
+	d.args = []string{"--config", config}
+	return os.WriteFile(config, []byte("backends:\n  reflink: {adapter: reflink}\n  lvm-thin: {adapter: lvm-thin}\n"), 0o600)
 }
 
 var (
-	snapshotHandle = regexp.MustCompile(`(?m)^reflink:\S+@\S+`)
+	snapshotHandle = regexp.MustCompile(`(?m)^(?:reflink|lvm-thin):\S+@\S+`)
 	backupHandle   = regexp.MustCompile(`(?m)^backup:\S+`)
 )
 
 func (d *demo) cut(ctx context.Context, name string) ([]string, error) {
 	args := []string{"cut", "--name", name}
 	for _, v := range d.volumes {
-		args = append(args, "reflink:"+v.File)
+		args = append(args, v.id.String())
 	}
 	text, err := d.stillpoint(ctx, args...)
 	if err != nil {
@@ -198,105 +230,6 @@ func (d *demo) showDiff(ctx context.Context, base, target, picture string) error
 	return nil
 }
 
-// restore restores into files that are full of old bytes.
-func (d *demo) restore(ctx context.Context, backups []string) (files []string, err error) {
-	old := bytes.Repeat([]byte{0xA5}, mib)
-	for i, b := range backups {
-		file := filepath.Join(d.pool.Mount, fmt.Sprintf("restored-%d.img", i))
-		f, err := os.Create(file)
-		if err != nil {
-			return nil, err
-		}
-		for range volumeSize / mib {
-			if _, err := f.Write(old); err != nil {
-				return nil, errors.Join(err, f.Close())
-			}
-		}
-		if err := f.Close(); err != nil {
-			return nil, err
-		}
-		if _, err := d.stillpoint(ctx, "restore", b, "reflink:"+file, "--overwrite"); err != nil {
-			return nil, err
-		}
-		files = append(files, file)
-	}
-	return files, nil
-}
-
-// prove shows that the restored files are the snapshots bit for bit, that the filesystems in them are sound, and that
-// both are of one instant.
-func (d *demo) prove(ctx context.Context, snapshots, files []string) error {
-	adapter, err := reflink.Kind().Open(ctx, adapters.Config{Name: "reflink"})
-	if err != nil {
-		return err
-	}
-	defer adapter.Close()
-	var folders []string
-	for i, file := range files {
-		n, err := sameBytes(ctx, adapter, snapshots[i], file)
-		if err != nil {
-			return err
-		}
-		d.say("  %s: bit-identical to its snapshot, all %d bytes", filepath.Base(file), n)
-		if err := d.lab.Sound(ctx, d.volumes[i].Type, file); err != nil {
-			return err
-		}
-		d.say("  %s: the %s filesystem in it is sound", filepath.Base(file), d.volumes[i].Type)
-		fs, err := d.lab.MountCopy(ctx, d.volumes[i].Type, file)
-		if err != nil {
-			return err
-		}
-		defer fs.Down()
-		folders = append(folders, fs.Mount)
-	}
-	last, err := lab.Instant(folders)
-	if err != nil {
-		return err
-	}
-	d.say("  the writer had come to %d on the first volume and %d on the second: one instant", last[0], last[1])
-	return nil
-}
-
-// sameBytes compares a snapshot, read through its adapter, with a file.
-func sameBytes(ctx context.Context, a adapters.Adapter, handle, file string) (int64, error) {
-	h, err := adapters.ParseHandle(handle)
-	if err != nil {
-		return 0, err
-	}
-	id, err := adapters.Resolve(ctx, a, h)
-	if err != nil {
-		return 0, err
-	}
-	opener, _ := adapters.As[adapters.Opener](a)
-	image, err := opener.Open(ctx, id)
-	if err != nil {
-		return 0, err
-	}
-	defer image.Close()
-	f, err := os.Open(file)
-	if err != nil {
-		return 0, err
-	}
-	defer f.Close()
-	if info, err := f.Stat(); err != nil || info.Size() != image.Size() {
-		return 0, fmt.Errorf("%s does not have the snapshot's size of %d: %v", file, image.Size(), err)
-	}
-	want, got := make([]byte, mib), make([]byte, mib)
-	for off := int64(0); off < image.Size(); off += mib {
-		n := min(mib, image.Size()-off)
-		if _, err := image.ReadAt(ctx, want[:n], off); err != nil && !errors.Is(err, io.EOF) {
-			return 0, err
-		}
-		if _, err := f.ReadAt(got[:n], off); err != nil && !errors.Is(err, io.EOF) {
-			return 0, err
-		}
-		if !bytes.Equal(want[:n], got[:n]) {
-			return 0, fmt.Errorf("%s differs from %s within the MiB at %d", file, handle, off)
-		}
-	}
-	return image.Size(), nil
-}
-
 // stillpoint runs the program, shows the command and what it prints, and returns its standard output.
 func (d *demo) stillpoint(ctx context.Context, args ...string) (string, error) {
 	d.command(args)
@@ -308,7 +241,7 @@ func (d *demo) stillpoint(ctx context.Context, args ...string) (string, error) {
 }
 
 func (d *demo) capture(ctx context.Context, args ...string) ([]byte, error) {
-	c := exec.CommandContext(ctx, d.program, args...)
+	c := exec.CommandContext(ctx, d.program, append(slices.Clone(d.args), args...)...)
 	c.Cancel = func() error { return c.Process.Signal(os.Interrupt) }
 	c.Env = d.env
 	var text, words bytes.Buffer
@@ -321,7 +254,7 @@ func (d *demo) capture(ctx context.Context, args ...string) ([]byte, error) {
 
 func (d *demo) command(args []string) {
 	fmt.Fprint(d.out, "  $ stillpoint")
-	for _, a := range args {
+	for _, a := range append(slices.Clone(d.args), args...) {
 		fmt.Fprint(d.out, " ", a)
 	}
 	fmt.Fprintln(d.out)

@@ -2,11 +2,19 @@ package main
 
 import (
 	"bytes"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"stillpoint.io/stillpoint/integration/vm"
 )
+
+func TestMain(m *testing.M) {
+	vm.Init()
+	os.Exit(m.Run())
+}
 
 // The README's first command, as a test: it proves its claims by itself.
 func TestDemo(t *testing.T) {
@@ -20,10 +28,10 @@ func TestDemo(t *testing.T) {
 		t.Fatalf("go build: %v\n%s", err, out)
 	}
 	var out bytes.Buffer
-	err := run(t.Context(), &out, filepath.Join(bin, "stillpoint"))
+	code, err := start(t.Context(), &out, "reflink", filepath.Join(bin, "stillpoint"))
 	t.Logf("%s", out.Bytes())
-	if err != nil {
-		t.Fatal(err)
+	if err != nil || code != 0 {
+		t.Fatal(code, err)
 	}
 	for _, claim := range []string{"frozen for ", "bit-identical", "sound", "one instant", "incremental"} {
 		if !strings.Contains(out.String(), claim) {

@@ -28,14 +28,16 @@ const Base = "/var/tmp/stillpoint-lab"
 type Lab struct {
 	Dir  string // for the test's own files
 	lock *os.File
+	thin []ThinVolume
 }
 
-// Filesystem is a mounted filesystem in a file.
+// Filesystem is a mounted filesystem in a file, or on a thin volume.
 type Filesystem struct {
-	File   string // the file that holds it
-	Device string // the loop device
+	File   string // the file that holds it, if one does
+	Device string // the loop device, or the thin volume's
 	Mount  string // where it is mounted
 	Type   string
+	Thin   ThinVolume // what it is on, if it is on one
 }
 
 // Test opens a lab for a test and closes it at the end.
@@ -89,6 +91,9 @@ func Open(name string) (*Lab, error) {
 // Close thaws, unmounts and removes everything.
 func (l *Lab) Close() error {
 	err := takeDown(l.Dir)
+	for _, v := range l.thin {
+		err = errors.Join(err, v.remove())
+	}
 	if err == nil {
 		os.Remove(l.Dir + ".lock")
 	}
@@ -118,22 +123,24 @@ func (l *Lab) make(ctx context.Context, folder, name, fstype string, size int64,
 	return fs, fs.up(flags)
 }
 
-// Up attaches the file to a loop device and mounts it.
+// Up mounts it; a file is attached to a loop device before.
 func (fs *Filesystem) Up() error { return fs.up(0) }
 
 func (fs *Filesystem) up(flags uint32) error {
-	device, f, err := attach(fs.File, flags)
-	if err != nil {
-		return err
+	if fs.File != "" {
+		device, f, err := attach(fs.File, flags)
+		if err != nil {
+			return err
+		}
+		defer f.Close() // the mount keeps the device from here on
+		fs.Device = device
 	}
-	defer f.Close() // the mount keeps the device from here on
 	if err := os.MkdirAll(fs.Mount, 0o700); err != nil {
 		return err
 	}
-	if err := unix.Mount(device, fs.Mount, fs.Type, 0, ""); err != nil {
-		return fmt.Errorf("mounting %s (%s): %w", fs.File, fs.Type, err)
+	if err := unix.Mount(fs.Device, fs.Mount, fs.Type, 0, ""); err != nil {
+		return fmt.Errorf("mounting %s%s (%s): %w", fs.File, fs.Device, fs.Type, err)
 	}
-	fs.Device = device
 	return nil
 }
 

@@ -10,9 +10,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Sound checks that the filesystem in a file is what a clean cut leaves: for ext4 no journal to replay and no error
-// found by e2fsck; for XFS, which keeps a log to replay even when frozen, no error found by xfs_repair once mount has
-// replayed it. The file itself is not written: XFS is checked on a reflink copy beside it.
+// Sound checks that the filesystem in a file or on a device is what a clean cut leaves: for ext4 no journal to replay
+// and no error found by e2fsck; for XFS, which keeps a log to replay even when frozen, no error found by xfs_repair once
+// mount has replayed it. The file itself is not written: XFS is checked on a copy.
 func (l *Lab) Sound(ctx context.Context, fstype, file string) error {
 	switch fstype {
 	case "ext4":
@@ -39,14 +39,24 @@ func (l *Lab) Sound(ctx context.Context, fstype, file string) error {
 	}
 }
 
-// MountCopy mounts a reflink copy of a file with a filesystem. The caller takes it down.
+// MountCopy mounts a copy of a file or device with a filesystem: of a file a reflink copy beside it, of a device one in
+// the lab, with holes for zeros. The caller takes it down.
 func (l *Lab) MountCopy(ctx context.Context, fstype, file string) (*Filesystem, error) {
 	mnt, err := os.MkdirTemp(l.Dir, "copy-")
 	if err != nil {
 		return nil, err
 	}
 	fs := &Filesystem{File: file + ".copy", Mount: mnt, Type: fstype}
-	if err := run(ctx, "cp", "--reflink=always", "--no-preserve=mode", file, fs.File); err != nil {
+	info, err := os.Stat(file)
+	if err != nil {
+		return nil, err
+	}
+	copying := []string{"cp", "--reflink=always", "--no-preserve=mode", file, fs.File}
+	if !info.Mode().IsRegular() {
+		fs.File = mnt + ".img"
+		copying = []string{"dd", "if=" + file, "of=" + fs.File, "bs=1M", "conv=sparse", "status=none"}
+	}
+	if err := run(ctx, copying[0], copying[1:]...); err != nil {
 		return nil, err
 	}
 	device, f, err := Loop(fs.File)

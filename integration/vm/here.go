@@ -43,7 +43,7 @@ func prepare(ctx context.Context, c Config) (p *place, err error) {
 	if err := os.MkdirAll(bin, 0o700); err != nil {
 		return nil, err
 	}
-	if err := build(ctx, c.Programs, bin); err != nil {
+	if err := c.build(ctx, bin); err != nil {
 		return nil, err
 	}
 	var disks []string

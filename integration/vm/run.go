@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -125,7 +126,7 @@ func newMachine(ctx context.Context, kind kind, c Config) (m *machine, err error
 	if err := os.Symlink(m.self, m.folder.share("init")); err != nil {
 		return nil, err
 	}
-	if err := build(ctx, c.Programs, m.folder.share("bin")); err != nil {
+	if err := c.build(ctx, m.folder.share("bin")); err != nil {
 		return nil, err
 	}
 	for i, size := range append(c.Disks, c.Scratch) {
@@ -158,14 +159,21 @@ func roomFor(memory int64) error {
 	return nil
 }
 
-// build builds Go packages of the module that the working directory is in.
-func build(ctx context.Context, packages []string, into string) error {
-	if len(packages) == 0 {
-		return nil
-	}
-	out, err := exec.CommandContext(ctx, "go", append([]string{"build", "-o", into + "/"}, packages...)...).CombinedOutput()
-	if err != nil {
-		return fmt.Errorf("go build %s: %w\n%s", strings.Join(packages, " "), err, out)
+// build builds the programs and tests that a guest shall have, in the module that the working directory is in.
+func (c Config) build(ctx context.Context, into string) error {
+	for _, b := range []struct {
+		command, packages []string
+	}{
+		{[]string{"build"}, c.Programs},
+		{[]string{"test", "-c", "-vet=off"}, c.Tests},
+	} {
+		if len(b.packages) == 0 {
+			continue
+		}
+		args := slices.Concat(b.command, []string{"-o", into + "/"}, b.packages)
+		if out, err := exec.CommandContext(ctx, "go", args...).CombinedOutput(); err != nil {
+			return fmt.Errorf("go %s: %w\n%s", strings.Join(args, " "), err, out)
+		}
 	}
 	return nil
 }

@@ -45,6 +45,7 @@ func TestSurroundings(t *testing.T) {
 	out, errs, code, err := sh(t, Config{
 		Memory: 700 << 20, Disks: []int64{64 << 20, 3 << 30}, Scratch: 5 << 30,
 		Modules: []string{"dm-zero", "dm-flakey", "dm-delay"}, Programs: []string{"stillpoint.io/stillpoint/cmd/stillpoint-freezer"},
+		Tests: []string{"stillpoint.io/stillpoint/fault"},
 	}, `
 set -eu
 ! echo dead 2>/dev/null >`+canary+`
@@ -60,6 +61,7 @@ for target in thin-pool zero flakey delay snapshot; do dmsetup targets | grep -q
 touch /var/tmp/stillpoint-lab/x /dev/shm/x /run/x "$HOME/x"
 [ $(awk '/MemTotal/ { print $2 }' /proc/meminfo) -gt 600000 ]
 [ -x "$STILLPOINT_VM_BIN/stillpoint-freezer" ]
+"$STILLPOINT_VM_BIN/fault.test" >/dev/null
 [ "$(cat /sys/class/net/lo/carrier)" = 1 ]
 (sleep 0.1 & echo $! >/run/orphan); sleep 0.5; ! kill -0 "$(cat /run/orphan)" 2>/dev/null # buried by init
 echo all right`)

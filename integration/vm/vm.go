@@ -31,13 +31,14 @@ import (
 	"time"
 )
 
-// Config is the guest that a test wants. In place ("here") only Disks, Modules and Programs have a meaning.
+// Config is the guest that a test wants. In place ("here") only Disks, Modules, Programs and Tests have a meaning.
 type Config struct {
 	Memory   int64    // bytes; 1 GiB if 0. It is taken from /dev/shm as the guest uses it
 	Disks    []int64  // sizes in bytes of sparse, empty disks: see [Disks]
 	Scratch  int64    // bytes of the sparse XFS for temporary files and labs; 16 GiB if 0
 	Modules  []string // of the kernel, beyond those for thin volumes, snapshots and the filesystems
 	Programs []string // Go packages to build beforehand: see [Program]. A guest cannot build: Go's cache is read-only in it
+	Tests    []string // Go packages whose tests to build beforehand: the Program of agent/cut is "cut.test"
 }
 
 // The environment of a program in the guest, or in place.
