@@ -119,13 +119,18 @@ func (b *batches) make(all []*request) {
 	}
 }
 
-// createArgs are the command for a snapshot: read-only, and not active until it is read.
+// createArgs are the command for a request.
 func createArgs(q *request) []string {
-	args := []string{"lvcreate", "-q", "-y", "-s", "-pr", "-ky", "-n", q.name}
-	for _, t := range q.record.tags() {
+	return snapshotArgs(q.p.group.name+"/"+q.volume.name, q.name, q.record.tags())
+}
+
+// snapshotArgs are the command for a snapshot: read-only, and not active until it is read.
+func snapshotArgs(of, name string, tags []string) []string {
+	args := []string{"lvcreate", "-q", "-y", "-s", "-pr", "-ky", "-n", name}
+	for _, t := range tags {
 		args = append(args, "--addtag", t)
 	}
-	return append(args, q.p.group.name+"/"+q.volume.name)
+	return append(args, of)
 }
 
 // script is a batch for the program lvm, which reads commands from its standard input. It splits words at spaces and takes

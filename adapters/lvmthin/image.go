@@ -26,6 +26,7 @@ func (a *Adapter) Open(ctx context.Context, id adapters.SnapshotID) (adapters.Im
 	if err := readable(id, s, r); err != nil {
 		return nil, err
 	}
+	a.tidy(ctx, p.group)
 	hold, err := a.images.activate(ctx, p.group, s)
 	if err != nil {
 		return nil, failed(err, "snapshot %s", id)

@@ -77,8 +77,10 @@ type Adapter struct {
 
 	mu     sync.Mutex
 	known  map[groupID]*group // as last seen
-	freeze freezeFound
+	tidied map[groupID]bool
 	swept  error // of the last sweep
+
+	freeze freezeProbe
 }
 
 func open(ctx context.Context, c adapters.Config) (adapters.Adapter, error) {
@@ -86,7 +88,7 @@ func open(ctx context.Context, c adapters.Config) (adapters.Adapter, error) {
 	if err != nil {
 		return nil, err
 	}
-	a := &Adapter{backend: c.Name, known: map[groupID]*group{}}
+	a := &Adapter{backend: c.Name, known: map[groupID]*group{}, tidied: map[groupID]bool{}}
 	if a.groups, err = list(c, params, "groups", checkGroupName); err != nil {
 		return nil, err
 	}
@@ -154,6 +156,7 @@ func (a *Adapter) Capabilities() adapters.Capabilities {
 // Close waits a little for LVM's programs that are still under way for calls which gave up on them, and is Busy if some
 // remain: they are neither killed nor harmed by that, and the record of each stays.
 func (a *Adapter) Close() error {
+	a.freeze.settled()
 	return a.lvm.close(closePatience)
 }
 

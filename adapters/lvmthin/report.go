@@ -3,6 +3,8 @@ package lvmthin
 import (
 	"encoding/json"
 	"fmt"
+	"iter"
+	"maps"
 	"slices"
 	"strconv"
 	"strings"
@@ -41,6 +43,9 @@ type logical struct {
 	thin        uint64 // number in the pool
 	transaction uint64 // of a pool: its count of changes; of a thin volume: that count when it was made
 }
+
+// volumesOf yields a group's logical volumes.
+func volumesOf(g *group) iter.Seq[*logical] { return maps.Values(g.logical) }
 
 // byID is the logical volume with a UUID, nil if there is none.
 func (g *group) byID(id string) *logical {

@@ -222,6 +222,7 @@ func (a *Adapter) Volume(ctx context.Context, id adapters.VolumeID) (adapters.Vo
 }
 
 func (a *Adapter) describe(ctx context.Context, p place, l *logical) (adapters.Volume, error) {
+	a.tidy(ctx, p.group)
 	v := adapters.Volume{ID: p.id, Size: l.size}
 	d, err := a.mapper.find(mapperUUID(p.group.id, l.id, ""))
 	if err != nil {
@@ -283,6 +284,7 @@ func (a *Adapter) Gate(ctx context.Context, ids []adapters.VolumeID) (adapters.F
 		if err != nil {
 			return adapters.Forecast{}, err
 		}
+		a.tidy(ctx, p.group)
 		if err := a.ready(p, l); err != nil {
 			return adapters.Forecast{}, err
 		}
