@@ -104,10 +104,10 @@ func (b *batches) make(all []*request) {
 	}
 	in := b.a.intent(g, volumes...)
 	if len(all) == 1 {
-		_, all[0].err = b.a.lvm.run(context.Background(), task{args: createArgs(all[0]), devices: g.devices, group: g.id, frozen: true, intent: in})
+		_, all[0].err = b.a.change(context.Background(), g, task{args: createArgs(all[0]), frozen: true, intent: in})
 	} else {
 		in.Line = fmt.Sprintf("lvm: lvcreate -s of %d volumes", len(all))
-		c, err := b.a.lvm.run(context.Background(), task{devices: g.devices, group: g.id, frozen: true, intent: in, script: func(options []string) string { return script(all, options) }})
+		c, err := b.a.change(context.Background(), g, task{frozen: true, intent: in, script: func(options []string) string { return script(all, options) }})
 		for _, q := range all {
 			q.err = outcome(q, c, err)
 		}

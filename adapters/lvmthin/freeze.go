@@ -173,11 +173,9 @@ func (a *Adapter) tryFreeze(ctx context.Context, g *group, l *logical) (mode ada
 		}
 	}()
 	tag := tagScratch + bootID()
-	_, err = a.lvm.run(ctx, task{
-		args:    []string{"lvcreate", "-q", "-y", "-V", fmt.Sprintf("%db", (size+g.extent-1)/g.extent*g.extent), "--thinpool", l.pool, "-kn", "-Wn", "-n", name, "--addtag", tag, g.name},
-		devices: g.devices,
-		group:   g.id,
-		intent:  a.intent(g, &logical{pool: l.pool}),
+	_, err = a.change(ctx, g, task{
+		args:   []string{"lvcreate", "-q", "-y", "-V", fmt.Sprintf("%db", (size+g.extent-1)/g.extent*g.extent), "--thinpool", l.pool, "-kn", "-Wn", "-n", name, "--addtag", tag, g.name},
+		intent: a.intent(g, &logical{pool: l.pool}),
 	})
 	if err != nil {
 		return 0, err
@@ -206,7 +204,7 @@ func (a *Adapter) tryFreeze(ctx context.Context, g *group, l *logical) (mode ada
 	if err := freeze(fs, fiFreeze); err != nil {
 		return 0, fmt.Errorf("freezing the scratch volume: %w", err)
 	}
-	_, failure := a.lvm.run(ctx, task{args: snapshotArgs(g.name+"/"+name, name+".snapshot", []string{tag}), devices: g.devices, group: g.id, frozen: true, intent: a.intent(now, scratch)})
+	_, failure := a.change(ctx, g, task{args: snapshotArgs(g.name+"/"+name, name+".snapshot", []string{tag}), frozen: true, intent: a.intent(now, scratch)})
 	if err := freeze(fs, fiThaw); err != nil {
 		return 0, fmt.Errorf("thawing the scratch volume: %w", err)
 	}

@@ -26,10 +26,13 @@ const helperEnv = "STILLPOINT_LVMTHIN_HELPER"
 func TestMain(m *testing.M) {
 	vm.Init()
 	if program, ok := os.LookupEnv(helperEnv); ok {
-		fmt.Fprintln(os.Stderr, helpers[program](os.Args[1:]))
-		os.Exit(1)
+		if err := helpers[program](os.Args[1:]); err != nil {
+			fmt.Fprintln(os.Stderr, program+":", err)
+			os.Exit(1)
+		}
+		os.Exit(0)
 	}
-	code := vm.Main(m, vm.Config{Disks: []int64{2 << 30, 1 << 30, 1 << 30}, Modules: []string{"dm-delay"}})
+	code := vm.Main(m, vm.Config{Disks: []int64{1 << 30, 1 << 30, 64 << 20, 64 << 20}})
 	if vm.Inside() {
 		removeGroups()
 	}

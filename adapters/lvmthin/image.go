@@ -139,7 +139,7 @@ func (v *activations) active(g *group, l *logical) (adapters.Device, error) {
 }
 
 func (v *activations) switchTo(ctx context.Context, how string, g *group, l *logical) error {
-	_, err := v.a.lvm.run(ctx, task{args: []string{"lvchange", "-q", "-y", how, "-K", g.name + "/" + l.name}, devices: g.devices, group: g.id})
+	_, err := v.a.change(ctx, g, task{args: []string{"lvchange", "-q", "-y", how, "-K", g.name + "/" + l.name}})
 	return err
 }
 

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -70,11 +71,25 @@ var helpers = map[string]func(args []string) error{
 		_ = i
 		select {}
 	},
+	// snapshot says which process makes it.
 	"snapshot": func(args []string) error {
 		a, err := openHelper()
-		if err == nil {
-			_, err = a.CreateSnapshot(context.Background(), typed(args[0]), args[1])
+		if err != nil {
+			return err
 		}
+		if _, err := a.locate(context.Background(), typed(args[0])); err != nil {
+			return err
+		}
+		go func() {
+			for {
+				if pid := programOf(a, "lvcreate"); pid != 0 {
+					fmt.Println(pid)
+					return
+				}
+				time.Sleep(time.Millisecond)
+			}
+		}()
+		_, err = a.CreateSnapshot(context.Background(), typed(args[0]), args[1])
 		return err
 	},
 	"restore": func(args []string) error {
@@ -161,6 +176,20 @@ func (h *helper) says(t testing.TB, word string) {
 	}
 }
 
+// pid waits for the process that the helper names.
+func (h *helper) pid(t testing.TB) int {
+	t.Helper()
+	select {
+	case s := <-h.said:
+		pid, err := strconv.Atoi(s)
+		must(t, err)
+		return pid
+	case <-time.After(time.Minute):
+		t.Fatal("the helper named no process")
+		return 0
+	}
+}
+
 func waitUntil(t testing.TB, what string, done func() bool) {
 	t.Helper()
 	for end := time.Now().Add(time.Minute); !done(); time.Sleep(time.Millisecond) {
@@ -170,41 +199,36 @@ func waitUntil(t testing.TB, what string, done func() bool) {
 	}
 }
 
-// programs lists the processes of LVM that run a command.
-func programs(t testing.TB, command string) (pids []int) {
-	t.Helper()
-	entries, err := os.ReadDir("/proc")
-	must(t, err)
-	for _, e := range entries {
-		line, err := os.ReadFile("/proc/" + e.Name() + "/cmdline")
-		words := strings.Split(string(line), "\x00")
-		if err != nil || len(words) < 2 || !strings.HasSuffix(words[0], "lvm") || words[1] != command {
-			continue
-		}
-		var pid int
-		if _, err := fmt.Sscan(e.Name(), &pid); err == nil {
-			pids = append(pids, pid)
+// programOf is the process of LVM's that an adapter has running a command, 0 if there is none.
+func programOf(a *Adapter, command string) int {
+	c := &a.lvm.commands
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for r := range c.running {
+		if strings.HasPrefix(r.line, "lvm "+command) {
+			return r.cmd.Process.Pid
 		}
 	}
-	return pids
+	return 0
 }
 
-// stopIn waits for a program of LVM's that has a device suspended, and stops it there. It reports whether it could.
-func stopIn(t testing.TB, a *Adapter, uuid string, over func() bool) (pid int, stopped bool) {
+// stopIn lets a process go on in steps, and stops it for good when it has a device suspended. It reports whether it could,
+// and gives up when over says so.
+func stopIn(t testing.TB, a *Adapter, pid int, uuid string, over func() bool) bool {
 	t.Helper()
 	for !over() {
+		if syscall.Kill(pid, syscall.SIGSTOP) != nil {
+			return false
+		}
 		d, err := a.mapper.find(uuid)
 		must(t, err)
-		if d == nil || !d.suspended {
-			continue
+		if d != nil && d.suspended {
+			return true
 		}
-		for _, pid := range programs(t, "lvcreate") {
-			must(t, syscall.Kill(pid, syscall.SIGSTOP))
-			if d, err = a.mapper.find(uuid); err == nil && d.suspended {
-				return pid, true
-			}
-			must(t, syscall.Kill(pid, syscall.SIGCONT))
+		if syscall.Kill(pid, syscall.SIGCONT) != nil {
+			return false
 		}
+		time.Sleep(200 * time.Microsecond)
 	}
-	return 0, false
+	return false
 }

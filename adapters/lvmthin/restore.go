@@ -140,7 +140,7 @@ func (t *target) create(ctx context.Context, name string) (*logical, error) {
 	for _, tag := range split(tagRestore, t.place.name) {
 		args = append(args, "--addtag", tag)
 	}
-	if _, err := t.adapter.lvm.run(ctx, task{args: append(args, g.name), devices: g.devices, group: g.id, intent: t.adapter.intent(g, &logical{pool: pool.name})}); err != nil {
+	if _, err := t.adapter.change(ctx, g, task{args: append(args, g.name), intent: t.adapter.intent(g, &logical{pool: pool.name})}); err != nil {
 		return nil, err
 	}
 	if g, err = t.adapter.report(ctx, g); err != nil || g == nil || g.logical[name] == nil {
@@ -307,11 +307,9 @@ func (t *target) commit(ctx context.Context) error {
 		return errno(err)
 	}
 	g := t.place.group
-	_, err := t.adapter.lvm.run(ctx, task{
-		args:    []string{"lvrename", "-q", "-y", g.name, t.volume.name, t.place.name},
-		devices: g.devices,
-		group:   g.id,
-		intent:  t.adapter.intent(g, t.volume),
+	_, err := t.adapter.change(ctx, g, task{
+		args:   []string{"lvrename", "-q", "-y", g.name, t.volume.name, t.place.name},
+		intent: t.adapter.intent(g, t.volume),
 	})
 	if err != nil {
 		if fault.KindOf(err) == fault.Busy {

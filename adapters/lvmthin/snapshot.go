@@ -184,7 +184,7 @@ func (a *Adapter) changeTags(ctx context.Context, g *group, l *logical, remove, 
 		args = append(args, "--addtag", t)
 	}
 	args = append(args, "--select", "lv_uuid="+l.id, g.name)
-	_, err := a.lvm.run(ctx, task{args: args, devices: g.devices, group: g.id})
+	_, err := a.change(ctx, g, task{args: args})
 	return err
 }
 
@@ -205,11 +205,9 @@ func (a *Adapter) DeleteSnapshot(ctx context.Context, id adapters.SnapshotID) er
 
 // remove removes the very volume that was looked at, unless it is in use.
 func (a *Adapter) remove(ctx context.Context, g *group, l *logical) error {
-	_, err := a.lvm.run(ctx, task{
-		args:    []string{"lvremove", "-q", "-y", "-f", "--select", "lv_uuid=" + l.id, g.name},
-		devices: g.devices,
-		group:   g.id,
-		intent:  a.intent(g, l),
+	_, err := a.change(ctx, g, task{
+		args:   []string{"lvremove", "-q", "-y", "-f", "--select", "lv_uuid=" + l.id, g.name},
+		intent: a.intent(g, l),
 	})
 	return err
 }
