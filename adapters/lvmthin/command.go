@@ -23,7 +23,7 @@ import (
 // Programs of LVM's, run so that nothing of ours can break one off.
 //
 // A program's output goes into memory files, not into pipes: when we die, a pipe would kill it at its next word. It is in
-// a process group of its own, where no terminal's signal reaches it. No context ends it. Each has a goroutine that waits
+// a session of its own, where no terminal's signal reaches it, nor the SIGHUP for a stopped process whose parent dies. No context ends it. Each has a goroutine that waits
 // for its end, keeps its record until then, and puts right what a violent end has left.
 //
 // Its standard input is its record: a file in the folder of records, locked (flock) by the very open file that the program
@@ -92,7 +92,7 @@ func (c *commands) start(name string, args, env []string, in *intent, script str
 	r.cmd = exec.Command(name, args...)
 	r.cmd.Env, r.cmd.Dir = env, "/"
 	r.cmd.Stdin, r.cmd.Stdout, r.cmd.Stderr = stdin, r.out, r.words
-	r.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	r.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err = r.cmd.Start(); err != nil {
 		return nil, fmt.Errorf("starting %s: %w", name, err)
 	}

@@ -8,7 +8,6 @@ import (
 	"os"
 	"os/exec"
 	"strings"
-	"syscall"
 	"testing"
 
 	"stillpoint.io/stillpoint/adapters"
@@ -19,12 +18,12 @@ import (
 const vgBad = "stillpoint-bad"
 
 // badGroup makes a group of its own for a test that breaks it, with a volume of 1 MiB in a pool of a few MiB.
-func badGroup(t testing.TB, pool ...string) live {
+func badGroup(t testing.TB) live {
 	t.Helper()
 	guest(t)
 	run(t, "vgcreate", "-q", "-y", "-s", "64k", vgBad, vm.Disks()[2])
 	t.Cleanup(func() { run(t, "vgremove", "-q", "-f", "-y", vgBad) })
-	run(t, append([]string{"lvcreate", "-q", "-y", "--type", "thin-pool", "-L", "4M", "-c", "64k", "--poolmetadatasize", "2M", "-Zy", "-n", "pool", vgBad}, pool...)...)
+	run(t, "lvcreate", "-q", "-y", "--type", "thin-pool", "-L", "4M", "-c", "64k", "--poolmetadatasize", "2M", "-Zy", "-n", "pool", vgBad)
 	run(t, "lvcreate", "-q", "-y", "-V", "1M", "--thinpool", "pool", "-n", "vol", vgBad)
 	return live{vgBad, "vol"}
 }
@@ -78,10 +77,13 @@ func TestGuestNotAVolume(t *testing.T) {
 }
 
 func TestGuestPoolStates(t *testing.T) {
-	v := badGroup(t, "--errorwhenfull", "y")
+	v := badGroup(t)
+	run(t, "lvchange", "-q", "--errorwhenfull", "y", vgBad+"/pool")
 	a := newAdapter(t)
 	must(t, gate(t, a, v))
-	says(t, "the limit of data", gate(t, newAdapter(t, "data-limit", "1"), v), nothingYet(t, v), "data-limit is 1 %", "16 of 64")
+	_, err := v.WriteAt(bytes.Repeat([]byte{1}, 1<<20), 0)
+	must(t, err)
+	says(t, "the limit of data", gate(t, newAdapter(t, "data-limit", "1"), v), fault.Exhausted, "data-limit is 1 %", "16 of 64")
 	says(t, "the limit of metadata", gate(t, newAdapter(t, "metadata-limit", "1"), v), fault.Exhausted, "metadata-limit is 1 %", "of 512")
 
 	run(t, "lvcreate", "-q", "-y", "-V", "8M", "--thinpool", "pool", "-n", "greedy", vgBad)
@@ -91,7 +93,7 @@ func TestGuestPoolStates(t *testing.T) {
 	}
 	says(t, "out of data", gate(t, a, v), fault.Exhausted, "out of data space", "64 of 64")
 	says(t, "out of data", snapshotError(t, a, v), fault.Exhausted)
-	_, err := a.Begin(t.Context(), adapters.VolumeSpec{ID: typed(vgBad + "/new"), Size: chunk, Token: "t"})
+	_, err = a.Begin(t.Context(), adapters.VolumeSpec{ID: typed(vgBad + "/new"), Size: chunk, Token: "t"})
 	says(t, "a restore into a full pool", err, fault.Exhausted)
 
 	pool := poolNamed(t, a, vgBad)
@@ -117,14 +119,6 @@ func TestGuestPoolStates(t *testing.T) {
 	says(t, "exported", gate(t, a, v), fault.Unavailable, "exported")
 	says(t, "deleting in an exported group", a.DeleteSnapshot(t.Context(), adapters.SnapshotID{Volume: v.ID(), Name: "x"}), fault.Unavailable)
 	run(t, "vgimport", "-q", vgBad)
-}
-
-// nothingYet writes the volume full, so that the pool has something in it, and is the kind of error wanted then.
-func nothingYet(t testing.TB, v live) fault.Kind {
-	t.Helper()
-	_, err := v.WriteAt(bytes.Repeat([]byte{1}, 1<<20), 0)
-	must(t, err)
-	return fault.Exhausted
 }
 
 // A pool whose metadata device fails is read-only and needs a check afterwards.
@@ -257,18 +251,17 @@ func TestGuestPoolWithoutZeroing(t *testing.T) {
 // Programs that are missing and rights that are missing are named.
 func TestGuestMissing(t *testing.T) {
 	guest(t)
-	helper := func(c *exec.Cmd) string {
-		c.Env = append(os.Environ(), helperEnv+"=describe")
+	describe := func(program string, args ...string) string {
+		c := exec.Command(args[0], args[1:]...)
+		c.Env = append(os.Environ(), helperEnv+"="+program)
 		out, _ := c.CombinedOutput()
 		return string(out)
 	}
-	out := helper(exec.Command("unshare", "-m", "sh", "-c", "mount --bind /dev/null $(command -v lvm) && exec "+os.Args[0]+" "+vgOne+"/x"))
+	out := describe("describe", "unshare", "-m", "sh", "-c", "mount --bind /dev/null $(command -v lvm) && exec "+os.Args[0]+" "+vgOne+"/x")
 	if !strings.Contains(out, "lvm2") {
 		t.Errorf("without lvm: %s", out)
 	}
-	c := exec.Command(os.Args[0], vgOne+"/x")
-	c.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
-	if out := helper(c); !strings.Contains(out, "need root") {
+	if out := describe("unprivileged", os.Args[0], vgOne+"/x"); !strings.Contains(out, "need root") {
 		t.Errorf("without rights: %s", out)
 	}
 }

@@ -34,6 +34,16 @@ var helpers = map[string]func(args []string) error{
 		v, err := a.Volume(context.Background(), typed(args[0]))
 		return fmt.Errorf("freeze %v, %s, %w", v.Freeze, a.Capabilities().Quiesce, err)
 	},
+	"unprivileged": func(args []string) error {
+		if err := syscall.Setuid(65534); err != nil {
+			return err
+		}
+		a, err := openHelper()
+		if err == nil {
+			_, err = a.Volume(context.Background(), typed(args[0]))
+		}
+		return err
+	},
 	// hold reserves a pool's metadata snapshot, and is killed then.
 	"hold": func(args []string) error {
 		a, err := openHelper()
@@ -228,7 +238,7 @@ func stopIn(t testing.TB, a *Adapter, pid int, uuid string, over func() bool) bo
 		if syscall.Kill(pid, syscall.SIGCONT) != nil {
 			return false
 		}
-		time.Sleep(200 * time.Microsecond)
+		syscall.Syscall(syscall.SYS_SCHED_YIELD, 0, 0, 0) // a step; a sleep would be as long as a tick of the clock
 	}
 	return false
 }
