@@ -20,7 +20,7 @@ VERSION     := $(shell git describe --always --dirty 2>/dev/null || echo develop
 LDFLAGS     := -s -w -X main.version=$(VERSION)
 
 # Packages whose tests run in a guest (package integration/vm), and once more with its newer kernel.
-IN_GUESTS   := ./integration/vm ./integration/thin
+IN_GUESTS   := ./integration/vm ./integration/thin ./adapters/lvmthin
 
 # With the race detector; not within scrypt, which has no goroutines and turns every passphrase into a key eight times as
 # slowly under it.
