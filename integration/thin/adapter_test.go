@@ -20,16 +20,16 @@ import (
 	"stillpoint.io/stillpoint/integration/lab"
 )
 
-// thin is what a cut needs of an adapter, by LVM's plain commands, so that these tests are about the cut. Marks and
-// notes are LVM's tags. A command that was begun is never killed: killed between suspend and resume it would leave the
+// plain is what a cut needs of an adapter, by LVM's plain commands: to find out without the adapter what the kernel does,
+// and to have a command stand still. Marks and notes are LVM's tags. A command that was begun is never killed: killed between suspend and resume it would leave the
 // volume suspended. So a call ends with its command, whatever its context says.
-type thin struct {
+type plain struct {
 	freeze adapters.FreezeMode
 	lvm    func(args ...string) *exec.Cmd // nil is exec.Command
 }
 
 const (
-	backend   = "thin"
+	backend   = "plain"
 	tagOurs   = "stillpoint"
 	tagMark   = "mark="
 	tagWanted = "wanted="
@@ -37,8 +37,8 @@ const (
 	tagNotes  = "notes="
 )
 
-// volumeID is a thin volume's.
-func volumeID(v lab.ThinVolume) adapters.VolumeID {
+// plainID is a thin volume's.
+func plainID(v lab.ThinVolume) adapters.VolumeID {
 	return adapters.VolumeID{Backend: backend, ID: string(v)}
 }
 
@@ -47,10 +47,10 @@ func snapshotVolume(id adapters.SnapshotID) lab.ThinVolume {
 	return lab.ThinVolume(id.Volume.ID + "." + id.Name)
 }
 
-func (a thin) Capabilities() adapters.Capabilities { return adapters.Capabilities{NodeLocal: true} }
-func (a thin) Close() error                        { return nil }
+func (a plain) Capabilities() adapters.Capabilities { return adapters.Capabilities{NodeLocal: true} }
+func (a plain) Close() error                        { return nil }
 
-func (a thin) Volume(_ context.Context, id adapters.VolumeID) (adapters.Volume, error) {
+func (a plain) Volume(_ context.Context, id adapters.VolumeID) (adapters.Volume, error) {
 	path := lab.ThinVolume(id.ID).Device()
 	var st unix.Stat_t
 	if err := unix.Stat(path, &st); err != nil {
@@ -64,7 +64,7 @@ func (a thin) Volume(_ context.Context, id adapters.VolumeID) (adapters.Volume, 
 	return adapters.Volume{ID: id, Size: n, Freeze: a.freeze, Device: adapters.Device(st.Rdev), Path: path}, err
 }
 
-func (a thin) CreateSnapshot(ctx context.Context, id adapters.VolumeID, wanted string) (adapters.Snapshot, error) {
+func (a plain) CreateSnapshot(ctx context.Context, id adapters.VolumeID, wanted string) (adapters.Snapshot, error) {
 	s := adapters.SnapshotID{Volume: id, Name: adapters.Name(wanted)}
 	_, name, _ := strings.Cut(string(snapshotVolume(s)), "/")
 	_, err := run(a.command("lvcreate", "-q", "-s", "-n", name, "--addtag", tagOurs, "--addtag", tagMark+string(adapters.Cutting),
@@ -78,7 +78,7 @@ func (a thin) CreateSnapshot(ctx context.Context, id adapters.VolumeID, wanted s
 	return a.Snapshot(ctx, s)
 }
 
-func (a thin) Publish(_ context.Context, id adapters.SnapshotID, notes adapters.Notes) error {
+func (a plain) Publish(_ context.Context, id adapters.SnapshotID, notes adapters.Notes) error {
 	b, err := json.Marshal(notes)
 	if err != nil {
 		return err
@@ -88,7 +88,7 @@ func (a thin) Publish(_ context.Context, id adapters.SnapshotID, notes adapters.
 	return err
 }
 
-func (a thin) Snapshot(ctx context.Context, id adapters.SnapshotID) (adapters.Snapshot, error) {
+func (a plain) Snapshot(ctx context.Context, id adapters.SnapshotID) (adapters.Snapshot, error) {
 	for s, err := range a.Snapshots(ctx, adapters.Filter{Volume: id.Volume, Cutting: true}) {
 		if err != nil || s.ID == id {
 			return s, err
@@ -97,7 +97,7 @@ func (a thin) Snapshot(ctx context.Context, id adapters.SnapshotID) (adapters.Sn
 	return adapters.Snapshot{}, fault.Errorf(fault.NotFound, "%s", id)
 }
 
-func (a thin) DeleteSnapshot(ctx context.Context, id adapters.SnapshotID) error {
+func (a plain) DeleteSnapshot(ctx context.Context, id adapters.SnapshotID) error {
 	if _, err := a.Snapshot(ctx, id); errors.Is(err, fault.NotFound) {
 		return nil
 	}
@@ -105,7 +105,7 @@ func (a thin) DeleteSnapshot(ctx context.Context, id adapters.SnapshotID) error 
 	return err
 }
 
-func (a thin) Snapshots(_ context.Context, f adapters.Filter) iter.Seq2[adapters.Snapshot, error] {
+func (a plain) Snapshots(_ context.Context, f adapters.Filter) iter.Seq2[adapters.Snapshot, error] {
 	return func(yield func(adapters.Snapshot, error) bool) {
 		out, err := run(a.command("lvs", "--noheadings", "--nosuffix", "--units", "b", "--separator", ";", "-o", "lv_full_name,lv_size,lv_tags", "@"+tagOurs))
 		if err != nil {
@@ -165,7 +165,7 @@ func decode(s string) (string, error) {
 	return string(b), err
 }
 
-func (a thin) command(args ...string) *exec.Cmd {
+func (a plain) command(args ...string) *exec.Cmd {
 	if a.lvm != nil {
 		return a.lvm(args...)
 	}

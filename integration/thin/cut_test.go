@@ -1,6 +1,7 @@
 package thin
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -117,6 +118,15 @@ func TestTwoThinVolumes(t *testing.T) {
 	}
 }
 
+// mistaken is an adapter that says of every volume that a snapshot works under our freeze.
+type mistaken struct{ adapters.Adapter }
+
+func (m mistaken) Volume(ctx context.Context, id adapters.VolumeID) (adapters.Volume, error) {
+	v, err := m.Adapter.Volume(ctx, id)
+	v.Freeze = adapters.FreezeNests
+	return v, err
+}
+
 // Whether a snapshot works under our freeze is the adapter's word. If it is wrong the cut fails, and all is thawed.
 func TestAnAdapterThatIsWrongAboutTheKernel(t *testing.T) {
 	s := newSite(t)
@@ -124,7 +134,7 @@ func TestAnAdapterThatIsWrongAboutTheKernel(t *testing.T) {
 		return // it cannot be wrong that way
 	}
 	a := s.volume(t, "a", "ext4")
-	a.adapter = thin{freeze: adapters.FreezeNests}
+	a.adapter = mistaken{s.thin}
 	if _, err := s.make(t, request("wrong", a)); !errors.Is(err, fault.Busy) {
 		t.Errorf("error %v, want Busy", err)
 	}
@@ -193,7 +203,7 @@ func (s *site) mounted(t *testing.T, l leg, handle, options string) string {
 	t.Helper()
 	at, err := os.MkdirTemp(s.Dir, "snapshot-")
 	must(t, err)
-	must(t, unix.Mount(activated(t, l.resolve(t, handle)), at, l.Type, unix.MS_RDONLY, options))
+	must(t, unix.Mount(l.activated(t, l.resolve(t, handle)), at, l.Type, unix.MS_RDONLY, options))
 	return at
 }
 

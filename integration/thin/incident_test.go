@@ -143,8 +143,9 @@ func TestFrozenBySomebodyElse(t *testing.T) {
 func TestLvcreateStopped(t *testing.T) {
 	s := newSite(t)
 	ours, other := s.pair(t)
+	ours.id, other.id = plainID(ours.Thin), plainID(other.Thin)
 	pidFile := filepath.Join(s.Dir, "pid")
-	stopping := thin{freeze: s.mode(), lvm: func(args ...string) *exec.Cmd {
+	stopping := plain{freeze: s.mode(), lvm: func(args ...string) *exec.Cmd {
 		if args[0] != "lvcreate" {
 			return exec.Command(args[0], args[1:]...)
 		}

@@ -2,6 +2,7 @@ package thin
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -17,15 +18,16 @@ import (
 	"golang.org/x/sys/unix"
 
 	"stillpoint.io/stillpoint/adapters"
+	"stillpoint.io/stillpoint/adapters/lvmthin"
 	"stillpoint.io/stillpoint/agent/cut"
 	"stillpoint.io/stillpoint/integration/lab"
 )
 
-// The environment of a process that makes a cut and kills itself at the n-th step.
+// The environment of a process that makes a cut or a backup and kills itself at the n-th step.
 const (
-	envVictim  = "STILLPOINT_TEST_VICTIM" // n
-	envVolumes = "STILLPOINT_TEST_VOLUMES"
-	envMode    = "STILLPOINT_TEST_MODE"
+	envVictim  = "STILLPOINT_TEST_VICTIM"  // n
+	envVolumes = "STILLPOINT_TEST_VOLUMES" // to cut
+	envBackup  = "STILLPOINT_TEST_BACKUP"  // or a snapshot to back up
 	envDir     = "STILLPOINT_TEST_DIR"
 )
 
@@ -55,18 +57,33 @@ func (s suicidal) Publish(ctx context.Context, id adapters.SnapshotID, notes ada
 }
 
 func victim() {
-	n, _ := strconv.Atoi(os.Getenv(envVictim))
-	mode, _ := strconv.Atoi(os.Getenv(envMode))
+	if err := dieAt(os.Getenv(envVictim)); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+}
+
+func dieAt(step string) (err error) {
+	n, err := strconv.Atoi(step)
+	if err != nil {
+		return err
+	}
+	a, err := lvmthin.Kind().Open(context.Background(), adapters.Config{Name: "lvm-thin"})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, a.Close()) }()
+	if handle, ok := os.LookupEnv(envBackup); ok {
+		return dying(a, handle, int32(n))
+	}
 	var left atomic.Int32
 	left.Store(int32(n))
 	r := cut.Request{Name: "victim", MaxFreeze: 20 * time.Second}
 	for v := range strings.FieldsSeq(os.Getenv(envVolumes)) {
-		r.Volumes = append(r.Volumes, cut.Volume{ID: volumeID(lab.ThinVolume(v)), Adapter: suicidal{thin{freeze: adapters.FreezeMode(mode)}, &left}})
+		r.Volumes = append(r.Volumes, cut.Volume{ID: thinID(lab.ThinVolume(v)), Adapter: suicidal{a, &left}})
 	}
-	if _, err := cut.Make(context.Background(), r, nodeIn(os.Getenv(envDir))); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		os.Exit(1)
-	}
+	_, err = cut.Make(context.Background(), r, nodeIn(os.Getenv(envDir)))
+	return err
 }
 
 // Killed at every step and retried, a cut over thin volumes leaves nothing frozen, hands out nothing that was not
@@ -79,7 +96,7 @@ func TestKilledAtEveryStep(t *testing.T) {
 	for n := 1; ; n++ {
 		c := exec.Command(self)
 		c.Env = append(os.Environ(), envVictim+"="+strconv.Itoa(n), envVolumes+"="+string(ours.Thin)+" "+string(other.Thin),
-			envMode+"="+strconv.Itoa(int(s.mode())), envDir+"="+s.Dir)
+			envDir+"="+s.Dir)
 		out, err := c.CombinedOutput()
 		killed := c.ProcessState.Sys().(syscall.WaitStatus).Signal() == syscall.SIGKILL
 		if !killed && err != nil {
@@ -119,14 +136,14 @@ func TestKilledAtEveryStep(t *testing.T) {
 	}
 }
 
-// underWay tells whether a command of LVM runs on the pool: the test's commands are not killed with the process that
-// started them.
+// underWay tells whether a command of LVM runs: the adapter's are not killed with the process that started them.
 func underWay(t *testing.T) bool {
 	t.Helper()
 	processes, err := filepath.Glob("/proc/[0-9]*/cmdline")
 	must(t, err)
 	return slices.ContainsFunc(processes, func(path string) bool {
 		b, _ := os.ReadFile(path) // a process may be gone
-		return strings.HasPrefix(string(b), "lv") && strings.Contains(string(b), group+"/")
+		program, _, _ := strings.Cut(string(b), "\x00")
+		return filepath.Base(program) == "lvm"
 	})
 }

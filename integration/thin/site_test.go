@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"stillpoint.io/stillpoint/adapters"
+	"stillpoint.io/stillpoint/adapters/lvmthin"
 	"stillpoint.io/stillpoint/adapters/reflink"
 	"stillpoint.io/stillpoint/agent/cut"
 	"stillpoint.io/stillpoint/agent/freezer"
@@ -52,8 +53,8 @@ func newSite(t *testing.T) *site {
 	t.Helper()
 	needsDeviceMapper(t)
 	s := &site{pool: thinPool(t), Lab: lab.Test(t)} // the pool goes last
+	s.thin = openThin(t)
 	s.nests = s.probe(t)
-	s.thin = thin{freeze: s.mode()}
 	var err error
 	if s.reflink, err = reflink.Kind().Open(t.Context(), adapters.Config{Name: "reflink"}); err != nil {
 		t.Fatal(err)
@@ -61,6 +62,19 @@ func newSite(t *testing.T) *site {
 	t.Cleanup(func() { s.reflink.Close() })
 	s.node = nodeIn(s.Dir)
 	return s
+}
+
+// openThin opens the adapter.
+func openThin(t *testing.T) adapters.Adapter {
+	t.Helper()
+	a, err := lvmthin.Kind().Open(t.Context(), adapters.Config{Name: "lvm-thin"})
+	must(t, err)
+	t.Cleanup(func() {
+		if err := a.Close(); err != nil {
+			t.Errorf("closing the adapter: %v", err)
+		}
+	})
+	return a
 }
 
 func nodeIn(dir string) cut.Node {
@@ -81,13 +95,21 @@ func (s *site) mode() adapters.FreezeMode {
 	return adapters.FreezeSelf
 }
 
-// probe tries whether a snapshot works under a freeze. Of the kernels that these tests are meant for the answer is
-// known: they would prove nothing if both gave the same one.
+func (s *site) volumeOf(t *testing.T, id adapters.VolumeID) adapters.Volume {
+	t.Helper()
+	v, err := s.thin.Volume(t.Context(), id)
+	must(t, err)
+	return v
+}
+
+// probe tries by hand whether a snapshot works under a freeze, which the adapter must find out too. Of the kernels that
+// these tests are meant for the answer is known: they would prove nothing if both gave the same one.
 func (s *site) probe(t *testing.T) bool {
 	t.Helper()
-	fs := s.volume(t, "probe", "ext4")
+	fs, err := s.pool.In(s.Lab)(t.Context(), "probe", "ext4", volumeSize)
+	must(t, err)
 	freeze(t, fs.Mount)
-	_, err := thin{}.CreateSnapshot(t.Context(), fs.id, "probe")
+	_, err = plain{}.CreateSnapshot(t.Context(), plainID(fs.Thin), "probe")
 	thaw(t, fs.Mount)
 	if err != nil && !errors.Is(err, fault.Busy) {
 		t.Fatal(err)
@@ -102,17 +124,22 @@ func (s *site) probe(t *testing.T) bool {
 			t.Errorf("on this kernel a snapshot under a freeze works: %v, want %v", err == nil, nests)
 		}
 	}
+	if says := s.volumeOf(t, thinID(fs.Thin)).Freeze; (says == adapters.FreezeNests) != (err == nil) {
+		t.Fatalf("the adapter says of how a snapshot and a freeze get along: %v", says)
+	}
 	return err == nil
+}
+
+func thinID(v lab.ThinVolume) adapters.VolumeID {
+	return adapters.VolumeID{Backend: "lvm-thin", ID: string(v)}
 }
 
 // volume makes a mounted filesystem on a thin volume.
 func (s *site) volume(t *testing.T, name, fstype string) leg {
 	t.Helper()
 	fs, err := s.pool.In(s.Lab)(t.Context(), name, fstype, volumeSize)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return leg{fs, volumeID(fs.Thin), s.thin}
+	must(t, err)
+	return leg{fs, s.volumeOf(t, thinID(fs.Thin)).ID, s.thin}
 }
 
 // file makes a mounted filesystem in a file of a reflink pool, which is on a disk of its own as far as LVM knows.
@@ -205,10 +232,13 @@ func (l leg) resolve(t *testing.T, handle string) adapters.SnapshotID {
 	return id
 }
 
-// activated is the device of a thin snapshot. It goes with the pool.
-func activated(t *testing.T, id adapters.SnapshotID) string {
+// activated is the device of a leg's snapshot, made active by hand. It goes with the pool.
+func (l leg) activated(t *testing.T, id adapters.SnapshotID) string {
 	t.Helper()
-	v := snapshotVolume(id)
+	_, origin, _ := strings.Cut(string(l.Thin), "/")
+	out, err := run(exec.Command("lvs", "--noheadings", "-o", "lv_full_name", "--select", "origin="+origin+` && lv_name=~"[.]`+id.Name+`$"`, group))
+	must(t, err)
+	v := lab.ThinVolume(strings.TrimSpace(out))
 	if _, err := run(exec.Command("lvchange", "-q", "-ay", "-K", string(v))); err != nil {
 		t.Fatal(err)
 	}
@@ -220,7 +250,7 @@ func (s *site) image(t *testing.T, l leg, handle string) string {
 	t.Helper()
 	id := l.resolve(t, handle)
 	if l.Thin != "" {
-		return activated(t, id)
+		return l.activated(t, id)
 	}
 	opener, _ := adapters.As[adapters.Opener](l.adapter)
 	from, err := opener.Open(t.Context(), id)
