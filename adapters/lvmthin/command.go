@@ -43,13 +43,13 @@ type commands struct {
 
 // command is a program.
 type command struct {
-	line   string // for people
-	cmd    *exec.Cmd
-	out    *os.File // memory
-	words  *os.File // memory, its stderr
-	record string   // path; empty if it suspends nothing
-	lock   *os.File // that is held until its end; nil if there is none
-	done   chan struct{}
+	line    string // for people
+	cmd     *exec.Cmd
+	out     *os.File // memory
+	words   *os.File // memory, its stderr
+	record  string   // path; empty if it suspends nothing
+	release func()   // what is called at its end
+	done    chan struct{}
 
 	// Set when done is closed.
 	stdout  []byte
@@ -69,10 +69,10 @@ type intent struct {
 
 const recordPrefix = "lvm-"
 
-// start starts a program. An intent's script, if there is one, is its standard input. The lock belongs to it then, but not
-// on an error.
-func (c *commands) start(name string, args, env []string, in *intent, script string, lock *os.File) (*command, error) {
-	r := &command{lock: lock, line: strings.Join(append([]string{filepath.Base(name)}, args...), " "), done: make(chan struct{})}
+// start starts a program. An intent's script, if there is one, is its standard input. release is called at its
+// end, and not on an error.
+func (c *commands) start(name string, args, env []string, in *intent, script string, release func()) (*command, error) {
+	r := &command{release: release, line: strings.Join(append([]string{filepath.Base(name)}, args...), " "), done: make(chan struct{})}
 	stdin, err := r.input(c.state, in, script)
 	if err != nil {
 		return nil, err
@@ -125,9 +125,7 @@ func (c *commands) own(r *command, in *intent) {
 		}
 		r.forget()
 	}
-	if r.lock != nil {
-		unlock(r.lock)
-	}
+	r.release()
 	c.mu.Lock()
 	delete(c.running, r)
 	close(c.ended)

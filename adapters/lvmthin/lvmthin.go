@@ -81,6 +81,7 @@ type Adapter struct {
 	swept  error // of the last sweep
 
 	freeze freezeProbe
+	turns  turns
 }
 
 func open(ctx context.Context, c adapters.Config) (adapters.Adapter, error) {

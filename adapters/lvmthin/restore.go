@@ -92,11 +92,11 @@ func (t *target) openNew(ctx context.Context, token string) error {
 	l := g.logical[name]
 	if l == nil {
 		// Alone from here on: another Begin waits, and finds what this one makes.
-		making, err := t.adapter.state.lock(ctx, "making-"+string(g.id))
+		release, err := t.adapter.state.exclusive(ctx, "making-"+string(g.id))
 		if err != nil {
 			return err
 		}
-		defer unlock(making)
+		defer release()
 		if g, err = t.adapter.report(ctx, g); err != nil || g == nil {
 			return errors.Join(err, fault.Errorf(fault.Unavailable, "its volume group is not there any more"))
 		}

@@ -151,11 +151,11 @@ func (a *Adapter) Publish(ctx context.Context, id adapters.SnapshotID, notes ada
 	if err != nil {
 		return fmt.Errorf("snapshot %s: %w", id, err)
 	}
-	lock, err := a.state.lock(ctx, "tags-"+string(p.group.id)) // two publishers would leave the tags of both
+	release, err := a.state.exclusive(ctx, "tags-"+string(p.group.id)) // two publishers would leave the tags of both
 	if err != nil {
 		return failed(err, "publishing the snapshot %s", id)
 	}
-	defer unlock(lock)
+	defer release()
 	p, s, _, err := a.lookup(ctx, id)
 	if err != nil {
 		return err

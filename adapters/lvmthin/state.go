@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -16,7 +17,10 @@ import (
 )
 
 // state is the folder of locks and records that all processes of ours on a node share. It is made when it is needed.
-type state struct{ folder string }
+type state struct {
+	folder string
+	turns  turns
+}
 
 // pollStep is how often a lock is tried that somebody else holds.
 const pollStep = 5 * time.Millisecond
@@ -118,11 +122,6 @@ func (s *state) list(prefix string) ([]string, error) {
 	return names, nil
 }
 
-// flock waits for a lock on an open file.
-func flock(ctx context.Context, f *os.File, how int) error {
-	return poll(ctx, pollStep, func() (bool, error) { return tryFlock(f, how) })
-}
-
 // tryFlock takes a lock if nobody has it.
 func tryFlock(f *os.File, how int) (bool, error) {
 	for {
@@ -152,6 +151,58 @@ func poll(ctx context.Context, step time.Duration, done func() (bool, error)) er
 		case <-time.After(step):
 		}
 	}
+}
+
+// turns are queues within a process, by name: who waits in one need not poll for a lock that others of the process want, too.
+type turns struct {
+	mu  sync.Mutex
+	all map[string]chan struct{}
+}
+
+// take waits for its turn, or the context's end.
+func (t *turns) take(ctx context.Context, name string) error {
+	t.mu.Lock()
+	if t.all == nil {
+		t.all = map[string]chan struct{}{}
+	}
+	turn := t.all[name]
+	if turn == nil {
+		turn = make(chan struct{}, 1)
+		t.all[name] = turn
+	}
+	t.mu.Unlock()
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	select {
+	case turn <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// give ends a turn.
+func (t *turns) give(name string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	<-t.all[name]
+}
+
+// exclusive is the lock of a name, with a turn in this process first. It is given back by calling what it returns.
+func (s *state) exclusive(ctx context.Context, name string) (release func(), err error) {
+	if err := s.turns.take(ctx, name); err != nil {
+		return nil, err
+	}
+	f, err := s.lock(ctx, name)
+	if err != nil {
+		s.turns.give(name)
+		return nil, err
+	}
+	return func() {
+		unlock(f)
+		s.turns.give(name)
+	}, nil
 }
 
 // process is who wrote a record: a process of one boot. Its start time tells it from a later one with its number.

@@ -126,6 +126,14 @@ func (a *Adapter) remember(groups ...*group) {
 // report is a group that was seen before, as it is now; nil if it is not there any more, or not whole: then it must be
 // looked for everywhere. LVM is asked, about the group's physical volumes only, if its metadata have changed.
 func (a *Adapter) report(ctx context.Context, known *group) (*group, error) {
+	turn := "report-" + string(known.id) // who waits here finds the report of who did not
+	if err := a.turns.take(ctx, turn); err != nil {
+		return nil, err
+	}
+	defer a.turns.give(turn)
+	if now := a.remembered(address{group: string(known.id), isUUID: true}); now != nil {
+		known = now
+	}
 	before, wrong := fingerprint(known.devices)
 	if wrong == nil && before == known.print {
 		return known, nil
