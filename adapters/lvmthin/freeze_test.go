@@ -99,7 +99,6 @@ func TestGuestFreezeMode(t *testing.T) {
 	must(t, a.DeleteSnapshot(t.Context(), adapters.SnapshotID{Volume: vol.ID, Name: "frozen"}))
 
 	again := newAdapter(t)
-	start = time.Now()
 	vol, err = again.Volume(t.Context(), v.ID())
 	must(t, err)
 	if mode, found := again.state.readFreeze(); !found || mode != vol.Freeze {

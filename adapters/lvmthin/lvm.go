@@ -72,6 +72,9 @@ func (l *lvm) run(ctx context.Context, t task) (*command, error) {
 		}
 		file := lockFile(c.stderr)
 		if err := untilFree(limited, file); err != nil {
+			if ctx.Err() != nil {
+				return c, context.Cause(ctx)
+			}
 			return c, fault.Errorf(fault.Busy, "%s: another program has locked the volume group for more than %v (lsof %s shows which)", c.name(), l.wait, file)
 		}
 	}

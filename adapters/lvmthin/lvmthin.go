@@ -32,6 +32,7 @@ package lvmthin
 
 import (
 	"context"
+	"errors"
 	"strings"
 	"sync"
 	"time"
@@ -158,7 +159,7 @@ func (a *Adapter) Capabilities() adapters.Capabilities {
 // remain: they are neither killed nor harmed by that, and the record of each stays.
 func (a *Adapter) Close() error {
 	a.freeze.settled()
-	return a.lvm.close(closePatience)
+	return errors.Join(a.lvm.close(closePatience), a.batches.close(closePatience))
 }
 
 // closePatience is how long Close waits for programs under way.

@@ -153,7 +153,7 @@ func poll(ctx context.Context, step time.Duration, done func() (bool, error)) er
 	}
 }
 
-// turns are queues within a process, by name: who waits in one need not poll for a lock that others of the process want, too.
+// turns are queues within a process, by name: who waits in one need not poll for a lock that others of the process want.
 type turns struct {
 	mu  sync.Mutex
 	all map[string]chan struct{}
