@@ -14,8 +14,8 @@ import (
 )
 
 // batches makes snapshots, those of one group together. LVM takes the group's lock for every snapshot, so that commands
-// side by side wait for each other; one program that makes several saves what each would need to start and to look at the
-// disks. The first request goes at once, alone; those that come while it runs go together when it is done.
+// side by side wait for each other; one program that makes several saves what each would need to start and to look at
+// the disks. The first request goes at once, alone; those that come while it runs go together when it is done.
 type batches struct {
 	a *Adapter
 
@@ -167,8 +167,8 @@ func snapshotArgs(of, name string, tags []string) []string {
 	return append(args, of)
 }
 
-// script is a batch for the program lvm, which reads commands from its standard input. It splits words at spaces and takes
-// single quotes off (lvm_split in lvm2's tools/lvmcmdline.c); no word of ours has one in it.
+// script is a batch for the program lvm, which reads commands from its standard input. It splits words at spaces and
+// takes single quotes off (lvm_split in lvm2's tools/lvmcmdline.c); no word of ours has one in it.
 func script(all []*request, options []string) string {
 	var s strings.Builder
 	for _, q := range all {

@@ -22,15 +22,15 @@ import (
 
 // Programs of LVM's, run so that nothing of ours can break one off.
 //
-// A program's output goes into memory files, not into pipes: when we die, a pipe would kill it at its next word. It is in
-// a session of its own, where no terminal's signal reaches it, nor the SIGHUP for a stopped process whose parent dies. No
-// context ends it. Each has a goroutine that waits for its end, keeps its record until then, and puts right what a violent
-// end has left.
+// A program's output goes into memory files, not into pipes: when we die, a pipe would kill it at its next word. It is
+// in a session of its own, where no terminal's signal reaches it, nor the SIGHUP for a stopped process whose parent
+// dies. No context ends it. Each has a goroutine that waits for its end, keeps its record until then, and puts right
+// what a violent end has left.
 //
-// Its standard input is its record: a file in the folder of records, locked (flock) by the very open file that the program
-// inherits. So the kernel holds the lock exactly as long as the program lives, whatever becomes of us, and a record whose
-// lock is free is that of a program that is over. LVM closes all other files that it inherits. The record's first line is
-// a comment to LVM, and what follows may be a script for it.
+// Its standard input is its record: a file in the folder of records, locked (flock) by the very open file that the
+// program inherits. So the kernel holds the lock exactly as long as the program lives, whatever becomes of us, and a
+// record whose lock is free is that of a program that is over. LVM closes all other files that it inherits. The
+// record's first line is a comment to LVM, and what follows may be a script for it.
 
 // commands are the programs under way.
 type commands struct {

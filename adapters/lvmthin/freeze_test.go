@@ -106,8 +106,8 @@ func TestGuestFreezeMode(t *testing.T) {
 	}
 }
 
-// A trial that is killed while its filesystem is frozen leaves a volume that is in use and cannot be removed; the next who
-// opens the backend thaws and removes it.
+// A trial that is killed while its filesystem is frozen leaves a volume that is in use and cannot be removed; the next
+// who opens the backend thaws and removes it.
 func TestGuestFreezeTrialKilled(t *testing.T) {
 	guest(t)
 	a := newAdapter(t)

@@ -44,8 +44,8 @@ type task struct {
 	group   groupID  // that it changes; empty if it only reads
 	frozen  bool     // filesystems may be frozen now: it must not write to any
 	intent  *intent  // it suspends devices
-	// script, if there is one, makes the standard input of the program lvm without arguments: commands, one a line, each
-	// with the options.
+	// script, if there is one, makes the standard input of the program lvm without arguments: commands, one a line,
+	// each with the options.
 	script func(options []string) string
 }
 
@@ -85,8 +85,8 @@ func (c *command) made(t task) bool {
 	return t.script != nil && len(strings.TrimSpace(string(c.stdout))) > 0
 }
 
-// queue lets the programs of ours that change one group go one after the other: LVM's own lock would let only one go, too,
-// but the others would have to start, look at the disks, fail and try again.
+// queue lets the programs of ours that change one group go one after the other: LVM's own lock would let only one go,
+// too, but the others would have to start, look at the disks, fail and try again.
 func (l *lvm) queue(ctx context.Context, t task) (release func(), err error) {
 	if t.group == "" || os.Geteuid() != 0 {
 		return func() {}, nil

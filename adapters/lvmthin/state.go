@@ -60,8 +60,8 @@ func (s *state) open(name string) (*os.File, error) {
 	return f, nil
 }
 
-// lock opens a file and holds it alone: the kernel lets it go when the file is closed, also by the death of the process.
-// While another holds it, it waits until the context ends.
+// lock opens a file and holds it alone: the kernel lets it go when the file is closed, also by the death of the
+// process. While another holds it, it waits until the context ends.
 func (s *state) lock(ctx context.Context, name string) (*os.File, error) {
 	var f *os.File
 	err := poll(ctx, pollStep, func() (ok bool, err error) {
@@ -98,7 +98,8 @@ func there(f *os.File) bool {
 	return e1 == nil && e2 == nil && os.SameFile(ours, named)
 }
 
-// unlock lets a lock go before it closes the file: a child that is just being started may have a copy of the descriptor.
+// unlock lets a lock go before it closes the file: a child that is just being started may have a copy of the
+// descriptor.
 func unlock(f *os.File) {
 	unix.Flock(int(f.Fd()), unix.LOCK_UN)
 	f.Close()
@@ -153,7 +154,8 @@ func poll(ctx context.Context, step time.Duration, done func() (bool, error)) er
 	}
 }
 
-// turns are queues within a process, by name: who waits in one need not poll for a lock that others of the process want.
+// turns are queues within a process, by name: who waits in one need not poll for a lock that others of the process
+// want.
 type turns struct {
 	mu  sync.Mutex
 	all map[string]chan struct{}
