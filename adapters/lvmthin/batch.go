@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -13,8 +14,8 @@ import (
 )
 
 // batches makes snapshots, those of one group together. LVM takes the group's lock for every snapshot, so that commands
-// side by side wait for each other; one program that makes several saves what each would need to start and to look at the
-// disks. The first request goes at once, alone; those that come while it runs go together when it is done.
+// side by side wait for each other; one program that makes several saves what each would need to start and to look at
+// the disks. The first request goes at once, alone; those that come while it runs go together when it is done.
 type batches struct {
 	a *Adapter
 
@@ -22,6 +23,7 @@ type batches struct {
 	waiting map[groupID][]*request
 	busy    map[groupID]bool
 	took    time.Duration // for one snapshot, lately
+	working sync.WaitGroup
 }
 
 func newBatches(a *Adapter) *batches {
@@ -34,8 +36,17 @@ type request struct {
 	volume *logical
 	record record
 	name   string // of the logical volume to be
+	with   *batch // that it is made with; nil while it is waiting
 	done   chan struct{}
 	err    error
+}
+
+// batch is what one program makes.
+type batch struct {
+	ctx    context.Context
+	leave  context.CancelFunc
+	absent int // requests whose callers have left
+	all    []*request
 }
 
 // create makes a snapshot, or returns at the context's end, while LVM may be still at it.
@@ -46,7 +57,7 @@ func (b *batches) create(ctx context.Context, p place, l *logical, r record) err
 	b.waiting[id] = append(b.waiting[id], q)
 	if !b.busy[id] {
 		b.busy[id] = true
-		go b.work(id)
+		b.working.Go(func() { b.work(id) })
 	}
 	b.mu.Unlock()
 	select {
@@ -56,11 +67,12 @@ func (b *batches) create(ctx context.Context, p place, l *logical, r record) err
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	for i, w := range b.waiting[id] {
-		if w == q { // not begun: it shall not be made behind the caller's back
-			b.waiting[id] = append(b.waiting[id][:i:i], b.waiting[id][i+1:]...)
-			return context.Cause(ctx)
-		}
+	if q.with == nil { // not begun: it shall not be made behind the caller's back
+		b.waiting[id] = slices.DeleteFunc(b.waiting[id], func(w *request) bool { return w == q })
+		return context.Cause(ctx)
+	}
+	if q.with.absent++; q.with.absent == len(q.with.all) {
+		q.with.leave() // nobody is left to wait for the group's lock, or for the program
 	}
 	return fault.Errorf(fault.Unavailable, "volume %s: lvcreate is still running, and is left to finish, because LVM must not be killed: %w", p.id, context.Cause(ctx))
 }
@@ -76,15 +88,36 @@ func (b *batches) work(id groupID) {
 			b.mu.Unlock()
 			return
 		}
+		now := &batch{all: all}
+		now.ctx, now.leave = context.WithCancel(context.Background())
+		for _, q := range all {
+			q.with = now
+		}
 		b.mu.Unlock()
 		start := time.Now()
-		b.make(all)
+		b.make(now)
+		now.leave()
 		b.mu.Lock()
 		b.took = (b.took + time.Since(start)/time.Duration(len(all))) / 2
 		b.mu.Unlock()
 		for _, q := range all {
 			close(q.done)
 		}
+	}
+}
+
+// close waits for what is being made for callers that have left, but not for ever.
+func (b *batches) close(patience time.Duration) error {
+	idle := make(chan struct{})
+	go func() {
+		b.working.Wait()
+		close(idle)
+	}()
+	select {
+	case <-idle:
+		return nil
+	case <-time.After(patience):
+		return fault.Errorf(fault.Busy, "snapshots are still being made for calls that have ended")
 	}
 }
 
@@ -95,8 +128,9 @@ func (b *batches) forecast(n int) time.Duration {
 	return time.Duration(n) * b.took
 }
 
-// make makes snapshots of volumes of one group, and sets every request's error. No context ends it: whoever waits may go.
-func (b *batches) make(all []*request) {
+// make makes snapshots of volumes of one group, and sets every request's error.
+func (b *batches) make(now *batch) {
+	all := now.all
 	g := all[0].p.group
 	volumes := make([]*logical, len(all))
 	for i, q := range all {
@@ -104,10 +138,10 @@ func (b *batches) make(all []*request) {
 	}
 	in := b.a.intent(g, volumes...)
 	if len(all) == 1 {
-		_, all[0].err = b.a.change(context.Background(), g, task{args: createArgs(all[0]), frozen: true, intent: in})
+		_, all[0].err = b.a.change(now.ctx, g, task{args: createArgs(all[0]), frozen: true, intent: in})
 	} else {
 		in.Line = fmt.Sprintf("lvm: lvcreate -s of %d volumes", len(all))
-		c, err := b.a.change(context.Background(), g, task{frozen: true, intent: in, script: func(options []string) string { return script(all, options) }})
+		c, err := b.a.change(now.ctx, g, task{frozen: true, intent: in, script: func(options []string) string { return script(all, options) }})
 		for _, q := range all {
 			q.err = outcome(q, c, err)
 		}
@@ -133,8 +167,8 @@ func snapshotArgs(of, name string, tags []string) []string {
 	return append(args, of)
 }
 
-// script is a batch for the program lvm, which reads commands from its standard input. It splits words at spaces and takes
-// single quotes off (lvm_split in lvm2's tools/lvmcmdline.c); no word of ours has one in it.
+// script is a batch for the program lvm, which reads commands from its standard input. It splits words at spaces and
+// takes single quotes off (lvm_split in lvm2's tools/lvmcmdline.c); no word of ours has one in it.
 func script(all []*request, options []string) string {
 	var s strings.Builder
 	for _, q := range all {

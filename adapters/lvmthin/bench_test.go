@@ -9,8 +9,8 @@ import (
 	"stillpoint.io/stillpoint/adapters"
 )
 
-// BenchmarkSnapshot takes a snapshot through the adapter and one with plain lvcreate -s, in turns, and reports their ratio.
-// With more than one volume, those of one group at once, against as many lvcreates side by side.
+// BenchmarkSnapshot takes a snapshot through the adapter and one with plain lvcreate -s, in turns, and reports their
+// ratio. With more than one volume, those of one group at once, against as many lvcreates side by side.
 func BenchmarkSnapshot(b *testing.B) {
 	guest(b)
 	for _, n := range []int{1, 4} {

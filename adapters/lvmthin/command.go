@@ -22,14 +22,15 @@ import (
 
 // Programs of LVM's, run so that nothing of ours can break one off.
 //
-// A program's output goes into memory files, not into pipes: when we die, a pipe would kill it at its next word. It is in
-// a session of its own, where no terminal's signal reaches it, nor the SIGHUP for a stopped process whose parent dies. No context ends it. Each has a goroutine that waits
-// for its end, keeps its record until then, and puts right what a violent end has left.
+// A program's output goes into memory files, not into pipes: when we die, a pipe would kill it at its next word. It is
+// in a session of its own, where no terminal's signal reaches it, nor the SIGHUP for a stopped process whose parent
+// dies. No context ends it. Each has a goroutine that waits for its end, keeps its record until then, and puts right
+// what a violent end has left.
 //
-// Its standard input is its record: a file in the folder of records, locked (flock) by the very open file that the program
-// inherits. So the kernel holds the lock exactly as long as the program lives, whatever becomes of us, and a record whose
-// lock is free is that of a program that is over. LVM closes all other files that it inherits. The record's first line is
-// a comment to LVM, and what follows may be a script for it.
+// Its standard input is its record: a file in the folder of records, locked (flock) by the very open file that the
+// program inherits. So the kernel holds the lock exactly as long as the program lives, whatever becomes of us, and a
+// record whose lock is free is that of a program that is over. LVM closes all other files that it inherits. The
+// record's first line is a comment to LVM, and what follows may be a script for it.
 
 // commands are the programs under way.
 type commands struct {
@@ -43,13 +44,13 @@ type commands struct {
 
 // command is a program.
 type command struct {
-	line   string // for people
-	cmd    *exec.Cmd
-	out    *os.File // memory
-	words  *os.File // memory, its stderr
-	record string   // path; empty if it suspends nothing
-	lock   *os.File // that is held until its end; nil if there is none
-	done   chan struct{}
+	line    string // for people
+	cmd     *exec.Cmd
+	out     *os.File // memory
+	words   *os.File // memory, its stderr
+	record  string   // path; empty if it suspends nothing
+	release func()   // what is called at its end
+	done    chan struct{}
 
 	// Set when done is closed.
 	stdout  []byte
@@ -69,10 +70,10 @@ type intent struct {
 
 const recordPrefix = "lvm-"
 
-// start starts a program. An intent's script, if there is one, is its standard input. The lock belongs to it then, but not
-// on an error.
-func (c *commands) start(name string, args, env []string, in *intent, script string, lock *os.File) (*command, error) {
-	r := &command{lock: lock, line: strings.Join(append([]string{filepath.Base(name)}, args...), " "), done: make(chan struct{})}
+// start starts a program. An intent's script, if there is one, is its standard input. release is called at its
+// end, and not on an error.
+func (c *commands) start(name string, args, env []string, in *intent, script string, release func()) (*command, error) {
+	r := &command{release: release, line: strings.Join(append([]string{filepath.Base(name)}, args...), " "), done: make(chan struct{})}
 	stdin, err := r.input(c.state, in, script)
 	if err != nil {
 		return nil, err
@@ -125,9 +126,7 @@ func (c *commands) own(r *command, in *intent) {
 		}
 		r.forget()
 	}
-	if r.lock != nil {
-		unlock(r.lock)
-	}
+	r.release()
 	c.mu.Lock()
 	delete(c.running, r)
 	close(c.ended)

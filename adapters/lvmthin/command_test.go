@@ -178,9 +178,9 @@ func afterKill(t *testing.T, a *Adapter, v live, id adapters.VolumeID, name stri
 	return jammed
 }
 
-// jam brings the pool into the state in which a program is killed after it had the pool make the snapshot's thin device and
-// before it counted up the transaction, if it was killed before that: LVM's next change of the pool fails then. It reports
-// false if the program was killed when it had done both.
+// jam brings the pool into the state in which a program is killed after it had the pool make the snapshot's thin device
+// and before it counted up the transaction, if it was killed before that: LVM's next change of the pool fails then. It
+// reports false if the program was killed when it had done both.
 func jam(t testing.TB, a *Adapter, v live, name string) bool {
 	t.Helper()
 	g := fullReport(t, a, v.group)
@@ -304,8 +304,8 @@ func readAll(t testing.TB, a *Adapter, id adapters.SnapshotID) []byte {
 	return b
 }
 
-// A record whose program is alive is left alone; one without a program that suspended nothing is removed; one that others
-// could have written is not believed.
+// A record whose program is alive is left alone; one without a program that suspended nothing is removed; one that
+// others could have written is not believed.
 func TestSweepRecords(t *testing.T) {
 	s := &state{folder: t.TempDir()}
 	must(t, os.Chmod(s.folder, 0o700))

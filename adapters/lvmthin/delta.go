@@ -22,8 +22,8 @@ func (a *Adapter) Allocated(ctx context.Context, id adapters.SnapshotID, from in
 	})
 }
 
-// Changed compares the mappings of two snapshots. They must lie in one pool: a volume that was made anew in another pool
-// has snapshots which cannot be compared with the older ones.
+// Changed compares the mappings of two snapshots. They must lie in one pool: a volume that was made anew in another
+// pool has snapshots which cannot be compared with the older ones.
 func (a *Adapter) Changed(ctx context.Context, base, target adapters.SnapshotID, from int64) (cbt.Delta, error) {
 	b, err := a.comparable(ctx, base)
 	if err != nil {
@@ -83,8 +83,8 @@ func readable(id adapters.SnapshotID, s *logical, r record) error {
 	return nil
 }
 
-// in checks that the thin device in the metadata is the snapshot: its number may have been given to another since LVM was
-// asked, but not together with the pool's transaction at which it was made.
+// in checks that the thin device in the metadata is the snapshot: its number may have been given to another since LVM
+// was asked, but not together with the pool's transaction at which it was made.
 func (s source) in(ctx context.Context, m *thinmeta.Metadata) error {
 	d, err := m.Device(ctx, s.thin.ID)
 	if fault.KindOf(err) == fault.NotFound {
@@ -102,12 +102,13 @@ func (s source) in(ctx context.Context, m *thinmeta.Metadata) error {
 const (
 	// partMost is how many extents are read ahead of their consumer: 768 KiB of them.
 	partMost = 1 << 15
-	// partTime is how long a part may take to read, once it has anything: the pool's metadata snapshot is held meanwhile.
+	// partTime is how long a part may take to read, once it has anything: the pool's metadata snapshot is held
+	// meanwhile.
 	partTime = 500 * time.Millisecond
 )
 
-// delta is an answer whose stream is read in parts. For each, the metadata snapshot is reserved, the part is read, and it is
-// released before anything is handed on: however slow the consumer is, nothing stays reserved.
+// delta is an answer whose stream is read in parts. For each, the metadata snapshot is reserved, the part is read, and
+// it is released before anything is handed on: however slow the consumer is, nothing stays reserved.
 func (a *Adapter) delta(ctx context.Context, id adapters.SnapshotID, pool poolRef, of []source, from int64, ask func(m *thinmeta.Metadata, at int64) (cbt.Delta, error)) (cbt.Delta, error) {
 	read := func(at int64, use func(cbt.Delta) error) error {
 		err := a.metadata.read(ctx, pool, func(m *thinmeta.Metadata) error {

@@ -83,10 +83,10 @@ func nextPiece(p []byte, off int64) (piece []byte, direct bool) {
 // zeroMost is the most that is zeroed between two looks at the context, in bytes.
 const zeroMost = 1 << 30
 
-// zero makes a range read as zeros. Whole chunks are discarded if chunk is not 0: a thin device unmaps exactly the whole
-// chunks of a discard (get_bio_block_range in drivers/md/dm-thin.c), and what is not mapped reads as zeros. That is only
-// for pools which zero a chunk before its first use, or a later write of a part would bring old bytes back. All else is
-// written with zeros, by BLKZEROOUT, which keeps that promise on every device.
+// zero makes a range read as zeros. Whole chunks are discarded if chunk is not 0: a thin device unmaps exactly the
+// whole chunks of a discard (get_bio_block_range in drivers/md/dm-thin.c), and what is not mapped reads as zeros. That
+// is only for pools which zero a chunk before its first use, or a later write of a part would bring old bytes back. All
+// else is written with zeros, by BLKZEROOUT, which keeps that promise on every device.
 func (d *disk) zero(ctx context.Context, off, length, chunk int64) error {
 	end := off + length
 	const page = adapters.ImageAlign

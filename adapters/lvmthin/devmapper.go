@@ -32,7 +32,8 @@ type mapped struct {
 
 var errNoMapper = fault.Errorf(fault.Unsupported, "this kernel has no device-mapper, or this container not /dev/mapper/control; load dm-mod and dm-thin-pool, and give the container the host's /dev")
 
-// present fails if there is no device-mapper. Without that check LVM's programs would make /dev/mapper/control, and fail.
+// present fails if there is no device-mapper. Without that check LVM's programs would make /dev/mapper/control, and
+// fail.
 func (mapper) present() error {
 	f, err := os.OpenFile("/dev/mapper/control", os.O_RDWR|unix.O_CLOEXEC, 0)
 	switch {

@@ -56,7 +56,8 @@ func classify(err error) (fault.Kind, string) {
 	return fault.Internal, ""
 }
 
-// complaint decides what kind of failure LVM's words are. They are not translated (LC_ALL=C); an unknown one is Internal.
+// complaint decides what kind of failure LVM's words are. They are not translated (LC_ALL=C); an unknown one is
+// Internal.
 func complaint(words string) fault.Kind {
 	for _, c := range []struct {
 		kind fault.Kind

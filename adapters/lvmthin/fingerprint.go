@@ -2,6 +2,7 @@ package lvmthin
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"hash/crc32"
 	"os"
@@ -13,10 +14,11 @@ import (
 	"stillpoint.io/stillpoint/fault"
 )
 
-// A report of LVM's takes a tenth of a second and a lock; that it is still true can be told in a tenth of a millisecond.
+// A report of LVM's takes a tenth of a second and a lock; that it is still true can be told in a tenth of a
+// millisecond.
 //
-// LVM commits a change of a group by writing the header of the metadata area on its physical volumes, which then leads to
-// the new text of the metadata and holds its checksum; the text has a number that every change counts up (struct
+// LVM commits a change of a group by writing the header of the metadata area on its physical volumes, which then leads
+// to the new text of the metadata and holds its checksum; the text has a number that every change counts up (struct
 // mda_header in lvm2's lib/format_text/layout.h, _vg_commit_raw_rlocn in format-text.c). So as long as the headers are,
 // byte for byte, those of before a report, so is the group. What cannot be fingerprinted is reported anew every time.
 
@@ -36,7 +38,7 @@ func fingerprint(devices []string) (string, error) {
 		if err != nil {
 			return "", err
 		}
-		found = found || h != nil
+		found = found || upToDate(h)
 		all.Write(h)
 		all.WriteByte('\n')
 	}
@@ -62,18 +64,24 @@ func readHeader(device string) ([]byte, error) {
 	return parseHeader(page[:headerSize])
 }
 
-// parseHeader checks a header: a checksum, the magic, version 1. What is none is nil; a damaged one is an error, since LVM
-// may be writing it at this moment.
+// parseHeader checks a header: a checksum, the magic, version 1. What is none is nil; a damaged one is an error, since
+// LVM may be writing it at this moment.
 func parseHeader(b []byte) ([]byte, error) {
 	if len(b) < headerSize || !bytes.Equal(b[4:20], []byte(headerMagic)) {
 		return nil, nil
 	}
-	sum := uint32(b[0]) | uint32(b[1])<<8 | uint32(b[2])<<16 | uint32(b[3])<<24
+	sum := binary.LittleEndian.Uint32(b)
 	// LVM's CRC-32 is the usual one from another start, without the inversions of hash/crc32.
 	if got := ^crc32.Update(^uint32(headerSeed), crc32.IEEETable, b[4:headerSize]); got != sum {
 		return nil, errors.New("the checksum of a metadata area's header is wrong")
 	}
 	return bytes.Clone(b[:headerSize]), nil
+}
+
+// upToDate reports whether a header leads to metadata, and LVM keeps it up to date (struct raw_locn: offset, and the flag
+// RAW_LOCN_IGNORED, set by pvchange --metadataignore).
+func upToDate(h []byte) bool {
+	return len(h) == headerSize && binary.LittleEndian.Uint64(h[40:]) != 0 && binary.LittleEndian.Uint32(h[60:])&1 == 0
 }
 
 // aligned returns n bytes at an address that direct I/O can use.

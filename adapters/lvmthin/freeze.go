@@ -18,9 +18,10 @@ import (
 )
 
 // How a snapshot gets along with a filesystem that is frozen already depends on the kernel: lvcreate has device-mapper
-// suspend the volume, which freezes ext4 and xfs on it, and on kernels before "fs: handle freezing from multiple devices"
-// (Debian 12's 6.1 among them) that fails with EBUSY where FIFREEZE was there first. Distributions carry that patch to
-// other versions: so it is tried, once a boot, with a small volume in the pool and a filesystem on it that nobody sees.
+// suspend the volume, which freezes ext4 and xfs on it, and on kernels before "fs: handle freezing from multiple
+// devices" (Debian 12's 6.1 among them) that fails with EBUSY where FIFREEZE was there first. Distributions carry that
+// patch to other versions: so it is tried, once a boot, with a small volume in the pool and a filesystem on it that
+// nobody sees.
 
 // freezeProbe finds the mode out, once for all who ask meanwhile.
 type freezeProbe struct {
@@ -56,8 +57,8 @@ func (a *Adapter) quiesce() string {
 	return base + "whether that works while the cut has frozen the filesystem is tried when a volume is first looked at"
 }
 
-// freezeMode is how snapshots of a volume get along with a freeze: what was found in this boot, or what a trial finds now.
-// Where nothing can be tried, the careful answer is FreezeSelf: it is right for one volume on every kernel.
+// freezeMode is how snapshots of a volume get along with a freeze: what was found in this boot, or what a trial finds
+// now. Where nothing can be tried, the careful answer is FreezeSelf: it is right for one volume on every kernel.
 func (a *Adapter) freezeMode(ctx context.Context, g *group, l *logical) (adapters.FreezeMode, error) {
 	f := &a.freeze
 	for {
@@ -278,9 +279,9 @@ func freeze(f *os.File, request uint) error {
 	return unix.IoctlSetInt(int(f.Fd()), request, 0)
 }
 
-// removeScratch removes the scratch volumes of a group. Its caller has the probe's lock, so nobody is using them; one that
-// a dead process left frozen is thawed first, for what is frozen stays so when its mount is gone, and keeps the volume in
-// use.
+// removeScratch removes the scratch volumes of a group. Its caller has the probe's lock, so nobody is using them; one
+// that a dead process left frozen is thawed first, for what is frozen stays so when its mount is gone, and keeps the
+// volume in use.
 func (a *Adapter) removeScratch(ctx context.Context, g *group) error {
 	now, err := a.report(ctx, g)
 	if err != nil || now == nil {
@@ -330,8 +331,8 @@ func thawLeft(d *mapped) error {
 	return errors.Join(failures...)
 }
 
-// tidy removes what dead processes left in a group: scratch volumes, and snapshots that nobody reads any more and are still
-// active. Neither does harm, so what cannot be removed now is left to the next who opens the backend.
+// tidy removes what dead processes left in a group: scratch volumes, and snapshots that nobody reads any more and are
+// still active. Neither does harm, so what cannot be removed now is left to the next who opens the backend.
 func (a *Adapter) tidy(ctx context.Context, g *group) {
 	a.mu.Lock()
 	done := a.tidied[g.id]

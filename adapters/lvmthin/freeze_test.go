@@ -99,7 +99,6 @@ func TestGuestFreezeMode(t *testing.T) {
 	must(t, a.DeleteSnapshot(t.Context(), adapters.SnapshotID{Volume: vol.ID, Name: "frozen"}))
 
 	again := newAdapter(t)
-	start = time.Now()
 	vol, err = again.Volume(t.Context(), v.ID())
 	must(t, err)
 	if mode, found := again.state.readFreeze(); !found || mode != vol.Freeze {
@@ -107,8 +106,8 @@ func TestGuestFreezeMode(t *testing.T) {
 	}
 }
 
-// A trial that is killed while its filesystem is frozen leaves a volume that is in use and cannot be removed; the next who
-// opens the backend thaws and removes it.
+// A trial that is killed while its filesystem is frozen leaves a volume that is in use and cannot be removed; the next
+// who opens the backend thaws and removes it.
 func TestGuestFreezeTrialKilled(t *testing.T) {
 	guest(t)
 	a := newAdapter(t)

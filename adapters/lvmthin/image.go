@@ -76,9 +76,9 @@ func (i *image) Close() error {
 
 // activations are the snapshots that are active because somebody reads them.
 //
-// On the node, a file for each says so: every reader holds a shared lock on it, and who can lock it alone knows that there
-// is none. A reader that dies leaves a file without a lock and an active snapshot, read-only and harmless; the next who
-// closes an image or opens the backend and uses it deactivates what nobody reads.
+// On the node, a file for each says so: every reader holds a shared lock on it, and who can lock it alone knows that
+// there is none. A reader that dies leaves a file without a lock and an active snapshot, read-only and harmless; the
+// next who closes an image or opens the backend and uses it deactivates what nobody reads.
 type activations struct{ a *Adapter }
 
 func newActivations(a *Adapter) *activations { return &activations{a} }

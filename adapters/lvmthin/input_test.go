@@ -167,6 +167,14 @@ func TestGuestChangedGroup(t *testing.T) {
 	v := badGroup(t)
 	a := newAdapter(t)
 	id := canonicalID(t, a, v)
+	first := fullReport(t, a, vgBad)
+	if first.print == "" || fullReport(t, a, vgBad) != first {
+		t.Error("a group that did not change was reported anew")
+	}
+	run(t, "lvchange", "-q", "--addtag", "new", v.path())
+	if now := fullReport(t, a, vgBad); now == first || len(now.logical["vol"].tags) != 1 {
+		t.Error("a tag was not seen")
+	}
 	run(t, "vgextend", "-q", "-y", vgBad, vm.Disks()[3])
 	s := snap(t, a, v, "extended")
 	run(t, "lvcreate", "-q", "-y", "-L", "64k", "-n", "on-the-new-one", vgBad, vm.Disks()[3])

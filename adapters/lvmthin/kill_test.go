@@ -222,8 +222,8 @@ func programOf(a *Adapter, command string) int {
 	return 0
 }
 
-// stopIn lets a process go on in steps, and stops it for good when it has a device suspended. It reports whether it could,
-// and gives up when over says so.
+// stopIn lets a process go on in steps, and stops it for good when it has a device suspended. It reports whether it
+// could, and gives up when over says so.
 func stopIn(t testing.TB, a *Adapter, pid int, uuid string, over func() bool) bool {
 	t.Helper()
 	for !over() {

@@ -44,8 +44,8 @@ type task struct {
 	group   groupID  // that it changes; empty if it only reads
 	frozen  bool     // filesystems may be frozen now: it must not write to any
 	intent  *intent  // it suspends devices
-	// script, if there is one, makes the standard input of the program lvm without arguments: commands, one a line, each
-	// with the options.
+	// script, if there is one, makes the standard input of the program lvm without arguments: commands, one a line,
+	// each with the options.
 	script func(options []string) string
 }
 
@@ -56,14 +56,14 @@ func (l *lvm) run(ctx context.Context, t task) (*command, error) {
 	limited, cancel := context.WithTimeout(ctx, l.wait)
 	defer cancel()
 	for {
-		lock, err := l.queue(limited, t)
+		release, err := l.queue(limited, t)
 		if err != nil {
 			if ctx.Err() == nil && limited.Err() != nil {
 				err = fault.Errorf(fault.Busy, "other programs of ours have kept the volume group busy for more than %v", l.wait)
 			}
 			return nil, err
 		}
-		c, err := l.once(ctx, t, lock)
+		c, err := l.once(ctx, t, release)
 		if err != nil {
 			return nil, err
 		}
@@ -72,6 +72,9 @@ func (l *lvm) run(ctx context.Context, t task) (*command, error) {
 		}
 		file := lockFile(c.stderr)
 		if err := untilFree(limited, file); err != nil {
+			if ctx.Err() != nil {
+				return c, context.Cause(ctx)
+			}
 			return c, fault.Errorf(fault.Busy, "%s: another program has locked the volume group for more than %v (lsof %s shows which)", c.name(), l.wait, file)
 		}
 	}
@@ -82,28 +85,26 @@ func (c *command) made(t task) bool {
 	return t.script != nil && len(strings.TrimSpace(string(c.stdout))) > 0
 }
 
-// queue lets the programs of ours that change one group go one after the other: LVM's own lock would let only one go, too,
-// but the others would have to start, look at the disks, fail and try again.
-func (l *lvm) queue(ctx context.Context, t task) (*os.File, error) {
+// queue lets the programs of ours that change one group go one after the other: LVM's own lock would let only one go,
+// too, but the others would have to start, look at the disks, fail and try again.
+func (l *lvm) queue(ctx context.Context, t task) (release func(), err error) {
 	if t.group == "" || os.Geteuid() != 0 {
-		return nil, nil
+		return func() {}, nil
 	}
-	return l.state.lock(ctx, "group-"+string(t.group))
+	return l.state.exclusive(ctx, "group-"+string(t.group))
 }
 
-// once runs a command once. The lock is let go at its end, whoever is still waiting for it.
-func (l *lvm) once(ctx context.Context, t task, lock *os.File) (*command, error) {
-	c, err := l.begin(ctx, t, lock)
+// once runs a command once. release is called at its end, whoever is still waiting for it.
+func (l *lvm) once(ctx context.Context, t task, release func()) (*command, error) {
+	c, err := l.begin(ctx, t, release)
 	if err != nil {
-		if lock != nil {
-			unlock(lock)
-		}
+		release()
 		return nil, err
 	}
 	return c, c.wait(ctx)
 }
 
-func (l *lvm) begin(ctx context.Context, t task, lock *os.File) (*command, error) {
+func (l *lvm) begin(ctx context.Context, t task, release func()) (*command, error) {
 	in, err := l.installed(ctx)
 	if err != nil {
 		return nil, err
@@ -120,7 +121,7 @@ func (l *lvm) begin(ctx context.Context, t task, lock *os.File) (*command, error
 	} else {
 		args = append(slices.Clone(args), options...)
 	}
-	return l.start(in.program, args, environment(), t.intent, script, lock)
+	return l.start(in.program, args, environment(), t.intent, script, release)
 }
 
 // options are those of every command: no waiting for locks (we wait, and say for what), no look at devices outside the
@@ -187,7 +188,7 @@ func (l *lvm) installed(ctx context.Context) (*installation, error) {
 	if in.program == "" {
 		return nil, fault.Errorf(fault.Unsupported, "LVM's program lvm is not installed: Debian's package is lvm2")
 	}
-	c, err := l.start(in.program, []string{"lvmconfig", "--typeconfig", "full", "global/locking_dir"}, environment(), nil, "", nil)
+	c, err := l.start(in.program, []string{"lvmconfig", "--typeconfig", "full", "global/locking_dir"}, environment(), nil, "", func() {})
 	if err != nil {
 		return nil, err
 	}

@@ -4,34 +4,37 @@
 //
 // # Names
 //
-// A person writes lvm-thin:VG/LV, or lvm-thin:*/LV for the only volume group that has such a volume. The canonical id is
-// the volume group's UUID and the volume's name, lvm-thin:x7Yk…/LV: the UUID is the locality, so that a renamed group
-// keeps its snapshots, and groups of one name on two nodes are two. A volume that is renamed becomes another volume.
+// A person writes lvm-thin:VG/LV, or lvm-thin:*/LV for the only volume group that has such a volume. The canonical id
+// is the volume group's UUID and the volume's name, lvm-thin:x7Yk…/LV: the UUID is the locality, so that a renamed
+// group keeps its snapshots, and groups of one name on two nodes are two. A volume that is renamed becomes another
+// volume.
 //
-// A snapshot is the logical volume sp-<hash of the volume's name>.<snapshot's name> in the same group. What it is stands
-// in its tags, which LVM changes in one step with everything else: whose snapshot, wanted name, time, mark and notes
-// (tags.go). Without our mark it is not ours.
+// A snapshot is the logical volume sp-<hash of the volume's name>.<snapshot's name> in the same group. What it is
+// stands in its tags, which LVM changes in one step with everything else: whose snapshot, wanted name, time, mark and
+// notes (tags.go). Without our mark it is not ours.
 //
 // # Steps, and what a crash leaves
 //
-// The point in time is one `lvcreate -s`, which marks the snapshot cutting as it makes it. Publish changes tags. Whatever
-// dies in between, there is a marked snapshot or none; one whose lvcreate died half-way is cutting for ever, can be
-// deleted, and is never handed out.
+// The point in time is one `lvcreate -s`, which marks the snapshot cutting as it makes it. Publish changes tags.
+// Whatever dies in between, there is a marked snapshot or none; one whose lvcreate died half-way is cutting for ever,
+// can be deleted, and is never handed out.
 //
-// LVM's programs are never killed, not even at a deadline: lvcreate suspends the volume for a moment, and killed there it
-// leaves the volume suspended, with every write to it waiting. A call that may not wait any longer leaves the program to
-// itself and says so; the program's end is still watched (command.go). If something else kills it, or us, the record
-// that was written before says which volumes may be suspended, and the next who opens the backend resumes them (sweep.go).
+// LVM's programs are never killed, not even at a deadline: lvcreate suspends the volume for a moment, and killed there
+// it leaves the volume suspended, with every write to it waiting. A call that may not wait any longer leaves the
+// program to itself and says so; the program's end is still watched (command.go). If something else kills it, or us,
+// the record that was written before says which volumes may be suspended, and the next who opens the backend resumes
+// them (sweep.go).
 //
 // # Where what is kept
 //
-// In memory, by default /run/stillpoint/lvm-thin: records of programs under way, locks between processes, what was found
-// out about the kernel. On disk: nothing but the tags. The pool's one metadata snapshot is reserved for milliseconds at
-// a time, never while somebody consumes a stream (metadata.go).
+// In memory, by default /run/stillpoint/lvm-thin: records of programs under way, locks between processes, what was
+// found out about the kernel. On disk: nothing but the tags. The pool's one metadata snapshot is reserved for
+// milliseconds at a time, never while somebody consumes a stream (metadata.go).
 package lvmthin
 
 import (
 	"context"
+	"errors"
 	"strings"
 	"sync"
 	"time"
@@ -81,6 +84,7 @@ type Adapter struct {
 	swept  error // of the last sweep
 
 	freeze freezeProbe
+	turns  turns
 }
 
 func open(ctx context.Context, c adapters.Config) (adapters.Adapter, error) {
@@ -157,7 +161,7 @@ func (a *Adapter) Capabilities() adapters.Capabilities {
 // remain: they are neither killed nor harmed by that, and the record of each stays.
 func (a *Adapter) Close() error {
 	a.freeze.settled()
-	return a.lvm.close(closePatience)
+	return errors.Join(a.lvm.close(closePatience), a.batches.close(closePatience))
 }
 
 // closePatience is how long Close waits for programs under way.

@@ -14,17 +14,19 @@ import (
 	"stillpoint.io/stillpoint/fault"
 )
 
-// The metadata snapshot of a pool. There is one a pool, reserved and released by messages, and it is what allows reading
-// the metadata of a pool at work (reserve_metadata_snap in thin-provisioning.rst). The pool commits when it is reserved.
+// The metadata snapshot of a pool. There is one a pool, reserved and released by messages, and it is what allows
+// reading the metadata of a pool at work (reserve_metadata_snap in thin-provisioning.rst). The pool commits when it is
+// reserved.
 //
-// Between processes it is guarded by a lock (flock) on a file for the pool, which the kernel releases when its holder dies.
-// Who has the lock alone reserves, reads and releases, for as long as a part of a stream takes to read: milliseconds, so
-// that waiting for each other is cheap. Within a process, all who read at one time share one reservation.
+// Between processes it is guarded by a lock (flock) on a file for the pool, which the kernel releases when its holder
+// dies. Who has the lock alone reserves, reads and releases, for as long as a part of a stream takes to read:
+// milliseconds, so that waiting for each other is cheap. Within a process, all who read at one time share one
+// reservation.
 //
-// The locked file says what is reserved, and was written before: whoever gets the lock and finds a metadata snapshot looks
-// there. If it is the one that is recorded, a dead process of ours left it, and it is released. If not, it is somebody
-// else's, and neither released nor trusted: Busy. The pool remembers a reservation across a reboot, the file in /run does
-// not; a reservation that a power failure interrupted is taken for somebody else's.
+// The locked file says what is reserved, and was written before: whoever gets the lock and finds a metadata snapshot
+// looks there. If it is the one that is recorded, a dead process of ours left it, and it is released. If not, it is
+// somebody else's, and neither released nor trusted: Busy. The pool remembers a reservation across a reboot, the file
+// in /run does not; a reservation that a power failure interrupted is taken for somebody else's.
 type metadataKeeper struct {
 	state  *state
 	mapper mapper
@@ -49,8 +51,8 @@ type reservation struct {
 	mark     reserved
 }
 
-// reserved is the record in the locked file. Block is 0 until the pool has answered; then Transaction, the pool's at that
-// moment, is what tells our reservation from another's.
+// reserved is the record in the locked file. Block is 0 until the pool has answered; then Transaction, the pool's at
+// that moment, is what tells our reservation from another's.
 type reserved struct {
 	Owner       process `json:"owner"`
 	Pool        string  `json:"pool"`
@@ -58,8 +60,8 @@ type reserved struct {
 	Transaction uint64  `json:"transaction"`
 }
 
-// read gives use the metadata of a pool, in which suitable finds what it needs. suitable's error is the answer if not even
-// a metadata snapshot that was reserved just now suits. What use reads was held throughout, or the answer is Busy.
+// read gives use the metadata of a pool, in which suitable finds what it needs. suitable's error is the answer if not
+// even a metadata snapshot that was reserved just now suits. What use reads was held throughout, or the answer is Busy.
 func (k *metadataKeeper) read(ctx context.Context, pool poolRef, suitable, use func(*thinmeta.Metadata) error) error {
 	for {
 		r, fresh, err := k.join(ctx, pool)

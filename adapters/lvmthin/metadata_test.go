@@ -46,8 +46,8 @@ func extents(t testing.TB, d cbt.Delta) (all []cbt.Extent) {
 	return all
 }
 
-// A process that dies with the metadata snapshot reserved leaves it so until the next reader, which releases it; one that
-// somebody else reserved is neither released nor trusted.
+// A process that dies with the metadata snapshot reserved leaves it so until the next reader, which releases it; one
+// that somebody else reserved is neither released nor trusted.
 func TestGuestMetadataSnapshot(t *testing.T) {
 	guest(t)
 	a, v := newAdapter(t), borrowLive(t, vgOne, 1<<20)
@@ -152,8 +152,8 @@ func TestGuestChangedMeanwhile(t *testing.T) {
 	}
 }
 
-// Many read at once while snapshots come and go, in this process and in another, and what they read is what the snapshots
-// differ in, byte by byte.
+// Many read at once while snapshots come and go, in this process and in another, and what they read is what the
+// snapshots differ in, byte by byte.
 func TestGuestConcurrentDeltas(t *testing.T) {
 	guest(t)
 	a, b := newAdapter(t), newAdapter(t)
@@ -213,8 +213,8 @@ func TestGuestConcurrentDeltas(t *testing.T) {
 	}
 }
 
-// compare applies a delta, and demands that what it lists as data differs in each chunk that was written, or was written
-// with what it held.
+// compare applies a delta, and demands that what it lists as data differs in each chunk that was written, or was
+// written with what it held.
 func compare(d cbt.Delta, base, target []byte) error {
 	image := bytes.Clone(base)
 	for e, err := range d.Extents {

@@ -127,8 +127,9 @@ func (p poolStatus) room(pool poolRef, l limits) error {
 	return nil
 }
 
-// metadataReserve is how many blocks of metadata LVM keeps free: the lesser of 25 % and 4 MiB (pool_metadata_min_threshold
-// in lvm2's lib/metadata/thin_manip.c; calc_metadata_threshold in drivers/md/dm-thin.c has the same).
+// metadataReserve is how many blocks of metadata LVM keeps free: the lesser of 25 % and 4 MiB
+// (pool_metadata_min_threshold in lvm2's lib/metadata/thin_manip.c; calc_metadata_threshold in drivers/md/dm-thin.c has
+// the same).
 func metadataReserve(total uint64) uint64 { return min(total/4, 4<<20/4096) }
 
 // String is the numbers and the percentage.

@@ -1,6 +1,8 @@
 package lvmthin
 
 import (
+	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -301,5 +303,31 @@ func TestComplaints(t *testing.T) {
 	}
 	if got := gist("  WARNING: This metadata update is NOT backed up.\n  One.\n\n  Two.\n  Run `lvcreate --help' for more information.\n"); got != "One; Two" {
 		t.Errorf("%q", got)
+	}
+}
+
+func TestParseHeader(t *testing.T) {
+	h := make([]byte, headerSize)
+	copy(h[4:], headerMagic)
+	h[20], h[40], h[41] = 1, 0, 2
+	// LVM's calc_crc: the table-driven CRC-32 of zlib, begun with INITIAL_CRC, without its inversions.
+	crc := uint32(headerSeed)
+	for _, b := range h[4:] {
+		crc ^= uint32(b)
+		for range 8 {
+			crc = crc>>1 ^ 0xedb88320*(crc&1)
+		}
+	}
+	binary.LittleEndian.PutUint32(h, crc)
+	got, err := parseHeader(h)
+	if err != nil || !bytes.Equal(got, h) || !upToDate(got) {
+		t.Errorf("%v, %v", got, err)
+	}
+	h[60] = 1 // ignored, and the checksum no longer right
+	if got, err := parseHeader(h); err == nil || got != nil || upToDate(h) {
+		t.Errorf("%v, %v", got, err)
+	}
+	if got, err := parseHeader(make([]byte, headerSize)); got != nil || err != nil || upToDate(got) {
+		t.Errorf("%v, %v", got, err)
 	}
 }

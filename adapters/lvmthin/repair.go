@@ -11,14 +11,15 @@ import (
 	"stillpoint.io/stillpoint/fault"
 )
 
-// A program that is killed while it makes a thin volume does worse than leave a volume suspended. LVM writes down what it
-// is about to do (a message queued for the pool, and the pool's next transaction), tells the kernel to make the thin
-// device, then to count up the transaction. Killed between the last two, it leaves a device that the pool has and a message
-// that says to make it: from then on every command of LVM's that changes anything in the pool sends that message, hears
-// "File exists", and fails with "Manual intervention may be required".
+// A program that is killed while it makes a thin volume does worse than leave a volume suspended. LVM writes down what
+// it is about to do (a message queued for the pool, and the pool's next transaction), tells the kernel to make the thin
+// device, then to count up the transaction. Killed between the last two, it leaves a device that the pool has and a
+// message that says to make it: from then on every command of LVM's that changes anything in the pool sends that
+// message, hears "File exists", and fails with "Manual intervention may be required".
 //
-// For a volume that was to be ours the intervention is known: the half-made device is of nobody's use, so the pool is told
-// to delete it, and LVM's next command makes it anew, as it wanted. (That is no point in time; the mark says cutting.)
+// For a volume that was to be ours the intervention is known: the half-made device is of nobody's use, so the pool is
+// told to delete it, and LVM's next command makes it anew, as it wanted. (That is no point in time; the mark says
+// cutting.)
 
 // stuck is what LVM says then.
 const stuck = "already contain thin device"
@@ -78,9 +79,9 @@ func (a *Adapter) repair(ctx context.Context, g *group) error {
 	return nil
 }
 
-// halfMade decides which volume of a pool a killed program may have left half-made: the pool is one transaction behind what
-// LVM has written down, and one volume was to be made in that one, which is marked as ours and not finished. Nil if there
-// is none, or more than one.
+// halfMade decides which volume of a pool a killed program may have left half-made: the pool is one transaction behind
+// what LVM has written down, and one volume was to be made in that one, which is marked as ours and not finished. Nil
+// if there is none, or more than one.
 func halfMade(g *group, pool *logical, status poolStatus) (half *logical) {
 	if status.failed || status.transaction+1 != pool.transaction {
 		return nil

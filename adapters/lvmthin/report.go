@@ -62,8 +62,8 @@ const (
 	thinPool   = "thin-pool"
 )
 
-// reportArgs are the arguments of `lvm fullreport` for what parseReport reads. Fields: lvmreport(7) and `lvs -o help`. A
-// report of segments has the fields of their volume too; only thin volumes and pools are looked at, which have one.
+// reportArgs are the arguments of `lvm fullreport` for what parseReport reads. Fields: lvmreport(7) and `lvs -o help`.
+// A report of segments has the fields of their volume too; only thin volumes and pools are looked at, which have one.
 var reportArgs = []string{"fullreport", "-a", "--units", "b", "--nosuffix", "--reportformat", "json",
 	"--configreport", "vg", "-o", "vg_name,vg_uuid,vg_seqno,vg_extent_size,vg_exported,vg_partial",
 	"--configreport", "pv", "-o", "pv_name,pv_missing",

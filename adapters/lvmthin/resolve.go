@@ -21,15 +21,17 @@ const (
 
 // Resolve is the id, as a person would type it, of the logical volume behind a PersistentVolume.
 //
-//	driver                   volume group                      logical volume   source
-//	topolvm.io               any that has it: the PV does not  the handle       topolvm's internal/driver/node.go (getLvFromContext finds the
-//	                         say, a device class stands for                     handle among the names of lvmd's volumes)
-//	                         it in lvmd's configuration
-//	local.csi.openebs.io     attribute openebs.io/volgroup     the handle       lvm-localpv's pkg/lvm/volume.go (VolGroupKey), and
-//	                                                                            pkg/driver/controller.go (the handle is the LVMVolume's name)
-//	lvm.csi.metal-stack.io   any that has it: an argument of   the handle       csi-driver-lvm's pkg/server/node.go (BindMountLV of the volume's
-//	                         the driver, --vgname, usually                      id in the driver's group)
-//	                         csi-lvm
+//	driver                volume group                        logical volume
+//	topolvm.io            any that has it: a device class     the handle
+//	                      stands for it, outside the PV
+//	local.csi.openebs.io  attribute openebs.io/volgroup       the handle
+//	lvm.csi.metal-stack.io  any that has it: an argument of   the handle
+//	                      the driver, --vgname
+//
+// Sources: topolvm's internal/driver/node.go (getLvFromContext finds the handle among the names of the device class's
+// volumes), lvm-localpv's pkg/lvm/volume.go (VolGroupKey) and pkg/driver/controller.go (the handle is the LVMVolume's
+// name, and that the logical volume's), csi-driver-lvm's pkg/server/node.go (MountLV of the volume's id in the driver's
+// group).
 //
 // Whether that is a thin volume shows when it is looked up. Errors are Unsupported for another driver and Invalid for a
 // volume that cannot be one of LVM's.

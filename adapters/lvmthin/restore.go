@@ -15,8 +15,8 @@ import (
 )
 
 // Begin makes a thin volume under a hidden name, or opens the existing volume. LVM's sizes are multiples of the group's
-// extent: a new volume may be larger than was asked for, and reads as zeros there. An existing volume must not be in use;
-// one that is not active is activated for the restore.
+// extent: a new volume may be larger than was asked for, and reads as zeros there. An existing volume must not be in
+// use; one that is not active is activated for the restore.
 func (a *Adapter) Begin(ctx context.Context, spec adapters.VolumeSpec) (adapters.Target, error) {
 	if spec.Token == "" || spec.Size <= 0 {
 		return nil, fault.Errorf(fault.Invalid, "volume %s: a restore needs a token and a size of at least one byte, not %q and %d", spec.ID, spec.Token, spec.Size)
@@ -92,11 +92,11 @@ func (t *target) openNew(ctx context.Context, token string) error {
 	l := g.logical[name]
 	if l == nil {
 		// Alone from here on: another Begin waits, and finds what this one makes.
-		making, err := t.adapter.state.lock(ctx, "making-"+string(g.id))
+		release, err := t.adapter.state.exclusive(ctx, "making-"+string(g.id))
 		if err != nil {
 			return err
 		}
-		defer unlock(making)
+		defer release()
 		if g, err = t.adapter.report(ctx, g); err != nil || g == nil {
 			return errors.Join(err, fault.Errorf(fault.Unavailable, "its volume group is not there any more"))
 		}
@@ -150,7 +150,8 @@ func (t *target) create(ctx context.Context, name string) (*logical, error) {
 	return g.logical[name], nil
 }
 
-// choosePool is the pool of a new volume: the one that is configured, or that of the volume's snapshots, or the only one.
+// choosePool is the pool of a new volume: the one that is configured, or that of the volume's snapshots, or the only
+// one.
 func (t *target) choosePool() (*logical, error) {
 	g, want := t.place.group, t.adapter.pool
 	var pools []*logical
@@ -280,12 +281,12 @@ func (t *target) access(off, length int64, do func() error) error {
 	return nil
 }
 
-// ReadsZero is true for a new volume in a pool that zeroes a chunk before its first use. In others (lvcreate -Zn) the rest
-// of a chunk that was written in part holds what some volume left there.
+// ReadsZero is true for a new volume in a pool that zeroes a chunk before its first use. In others (lvcreate -Zn) the
+// rest of a chunk that was written in part holds what some volume left there.
 func (t *target) ReadsZero() bool { return !t.overwrite && t.zeroed }
 
-// Commit makes the content durable, then gives a new volume its name, then takes the marks of a restore off. A volume that
-// kept them, because that last step failed, is one nevertheless.
+// Commit makes the content durable, then gives a new volume its name, then takes the marks of a restore off. A volume
+// that kept them, because that last step failed, is one nevertheless.
 func (t *target) Commit(ctx context.Context) (adapters.Volume, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()

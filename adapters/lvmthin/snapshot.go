@@ -97,7 +97,8 @@ func (a *Adapter) snapshot(p place, r record, size int64) adapters.Snapshot {
 	}
 }
 
-// found is that of a logical volume. One that somebody made writable is Failed: it may not be the point in time any more.
+// found is that of a logical volume. One that somebody made writable is Failed: it may not be the point in time any
+// more.
 func (a *Adapter) found(p place, s *logical, r record) adapters.Snapshot {
 	v := a.snapshot(p, r, s.size)
 	if !s.readOnly {
@@ -151,11 +152,11 @@ func (a *Adapter) Publish(ctx context.Context, id adapters.SnapshotID, notes ada
 	if err != nil {
 		return fmt.Errorf("snapshot %s: %w", id, err)
 	}
-	lock, err := a.state.lock(ctx, "tags-"+string(p.group.id)) // two publishers would leave the tags of both
+	release, err := a.state.exclusive(ctx, "tags-"+string(p.group.id)) // two publishers would leave the tags of both
 	if err != nil {
 		return failed(err, "publishing the snapshot %s", id)
 	}
-	defer unlock(lock)
+	defer release()
 	p, s, _, err := a.lookup(ctx, id)
 	if err != nil {
 		return err
@@ -173,8 +174,8 @@ func (a *Adapter) Publish(ctx context.Context, id adapters.SnapshotID, notes ada
 	return nil
 }
 
-// changeTags changes tags of the very volume that was looked at. (LVM selects none if it is not there any more, and says
-// nothing: a later look will.)
+// changeTags changes tags of the very volume that was looked at. (LVM selects none if it is not there any more, and
+// says nothing: a later look will.)
 func (a *Adapter) changeTags(ctx context.Context, g *group, l *logical, remove, add []string) error {
 	args := []string{"lvchange", "-q", "-y"}
 	for _, t := range remove {
@@ -212,8 +213,8 @@ func (a *Adapter) remove(ctx context.Context, g *group, l *logical) error {
 	return err
 }
 
-// Snapshots lists the snapshots of one volume, or of all groups. A group that could not be read does not hide the others:
-// its error comes last.
+// Snapshots lists the snapshots of one volume, or of all groups. A group that could not be read does not hide the
+// others: its error comes last.
 func (a *Adapter) Snapshots(ctx context.Context, f adapters.Filter) iter.Seq2[adapters.Snapshot, error] {
 	return func(yield func(adapters.Snapshot, error) bool) {
 		var groups []*group

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -16,7 +17,10 @@ import (
 )
 
 // state is the folder of locks and records that all processes of ours on a node share. It is made when it is needed.
-type state struct{ folder string }
+type state struct {
+	folder string
+	turns  turns
+}
 
 // pollStep is how often a lock is tried that somebody else holds.
 const pollStep = 5 * time.Millisecond
@@ -56,8 +60,8 @@ func (s *state) open(name string) (*os.File, error) {
 	return f, nil
 }
 
-// lock opens a file and holds it alone: the kernel lets it go when the file is closed, also by the death of the process.
-// While another holds it, it waits until the context ends.
+// lock opens a file and holds it alone: the kernel lets it go when the file is closed, also by the death of the
+// process. While another holds it, it waits until the context ends.
 func (s *state) lock(ctx context.Context, name string) (*os.File, error) {
 	var f *os.File
 	err := poll(ctx, pollStep, func() (ok bool, err error) {
@@ -94,7 +98,8 @@ func there(f *os.File) bool {
 	return e1 == nil && e2 == nil && os.SameFile(ours, named)
 }
 
-// unlock lets a lock go before it closes the file: a child that is just being started may have a copy of the descriptor.
+// unlock lets a lock go before it closes the file: a child that is just being started may have a copy of the
+// descriptor.
 func unlock(f *os.File) {
 	unix.Flock(int(f.Fd()), unix.LOCK_UN)
 	f.Close()
@@ -116,11 +121,6 @@ func (s *state) list(prefix string) ([]string, error) {
 		}
 	}
 	return names, nil
-}
-
-// flock waits for a lock on an open file.
-func flock(ctx context.Context, f *os.File, how int) error {
-	return poll(ctx, pollStep, func() (bool, error) { return tryFlock(f, how) })
 }
 
 // tryFlock takes a lock if nobody has it.
@@ -152,6 +152,59 @@ func poll(ctx context.Context, step time.Duration, done func() (bool, error)) er
 		case <-time.After(step):
 		}
 	}
+}
+
+// turns are queues within a process, by name: who waits in one need not poll for a lock that others of the process
+// want.
+type turns struct {
+	mu  sync.Mutex
+	all map[string]chan struct{}
+}
+
+// take waits for its turn, or the context's end.
+func (t *turns) take(ctx context.Context, name string) error {
+	t.mu.Lock()
+	if t.all == nil {
+		t.all = map[string]chan struct{}{}
+	}
+	turn := t.all[name]
+	if turn == nil {
+		turn = make(chan struct{}, 1)
+		t.all[name] = turn
+	}
+	t.mu.Unlock()
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	select {
+	case turn <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// give ends a turn.
+func (t *turns) give(name string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	<-t.all[name]
+}
+
+// exclusive is the lock of a name, with a turn in this process first. It is given back by calling what it returns.
+func (s *state) exclusive(ctx context.Context, name string) (release func(), err error) {
+	if err := s.turns.take(ctx, name); err != nil {
+		return nil, err
+	}
+	f, err := s.lock(ctx, name)
+	if err != nil {
+		s.turns.give(name)
+		return nil, err
+	}
+	return func() {
+		unlock(f)
+		s.turns.give(name)
+	}, nil
 }
 
 // process is who wrote a record: a process of one boot. Its start time tells it from a later one with its number.

@@ -153,9 +153,9 @@ func (m mapper) suspended(uuids []string) ([]string, error) {
 	return are, nil
 }
 
-// lockGroup takes the lock that LVM takes when it changes a group: an exclusive flock on V_<group> in its folder of locks
-// (file_lock_resource in lvm2's lib/locking/file_locking.c, lock_file in lib/misc/lvm-flock.c). LVM removes the file when
-// it unlocks, so a lock on a file that is not there any more is none.
+// lockGroup takes the lock that LVM takes when it changes a group: an exclusive flock on V_<group> in its folder of
+// locks (file_lock_resource in lvm2's lib/locking/file_locking.c, lock_file in lib/misc/lvm-flock.c). LVM removes the
+// file when it unlocks, so a lock on a file that is not there any more is none.
 func lockGroup(ctx context.Context, in intent) (*os.File, error) {
 	path := filepath.Join(in.Locks, "V_"+in.Group)
 	var lock *os.File

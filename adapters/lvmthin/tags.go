@@ -13,9 +13,9 @@ import (
 	"stillpoint.io/stillpoint/fault"
 )
 
-// The tags of our logical volumes. LVM's tags are of A-Z a-z 0-9 _ + . - / = ! : & # and at most 1024 bytes (lvm(8), "TAGS"
-// and --addtag in lvchange(8)). Values with other bytes are written with =XX for each of them, and long ones in parts
-// with numbers: stillpoint.io/notes.0=…, stillpoint.io/notes.1=….
+// The tags of our logical volumes. LVM's tags are of A-Z a-z 0-9 _ + . - / = ! : & # and at most 1024 bytes (lvm(8),
+// "TAGS" and --addtag in lvchange(8)). Values with other bytes are written with =XX for each of them, and long ones in
+// parts with numbers: stillpoint.io/notes.0=…, stillpoint.io/notes.1=….
 const (
 	tagPrefix  = "stillpoint.io/"
 	tagMark    = tagPrefix + "snapshot=" // cutting or verified: this is a snapshot of ours

@@ -24,8 +24,8 @@ func (a *Adapter) canonical(g *group, name string) adapters.VolumeID {
 	return adapters.VolumeID{Backend: a.backend, ID: string(g.id) + "/" + name}
 }
 
-// locate finds the group of an id, with a fresh report of it. A group that is not here is Unavailable: its disks may only
-// be unplugged.
+// locate finds the group of an id, with a fresh report of it. A group that is not here is Unavailable: its disks may
+// only be unplugged.
 func (a *Adapter) locate(ctx context.Context, id adapters.VolumeID) (place, error) {
 	at, err := a.parseID(id)
 	if err != nil {
@@ -126,6 +126,14 @@ func (a *Adapter) remember(groups ...*group) {
 // report is a group that was seen before, as it is now; nil if it is not there any more, or not whole: then it must be
 // looked for everywhere. LVM is asked, about the group's physical volumes only, if its metadata have changed.
 func (a *Adapter) report(ctx context.Context, known *group) (*group, error) {
+	turn := "report-" + string(known.id) // who waits here finds the report of who did not
+	if err := a.turns.take(ctx, turn); err != nil {
+		return nil, err
+	}
+	defer a.turns.give(turn)
+	if now := a.remembered(address{group: string(known.id), isUUID: true}); now != nil {
+		known = now
+	}
 	before, wrong := fingerprint(known.devices)
 	if wrong == nil && before == known.print {
 		return known, nil
@@ -155,8 +163,8 @@ func (a *Adapter) report(ctx context.Context, known *group) (*group, error) {
 	return nil, ctx.Err()
 }
 
-// discover asks LVM about all groups that it sees, or those that the backend is limited to. Groups that it could not read,
-// because they are locked, are missing, and the error says why.
+// discover asks LVM about all groups that it sees, or those that the backend is limited to. Groups that it could not
+// read, because they are locked, are missing, and the error says why.
 func (a *Adapter) discover(ctx context.Context) ([]*group, error) {
 	var devices []string
 	if a.lvm.devices != nil {
@@ -207,8 +215,8 @@ func unfinished(l *logical) bool {
 	return ours && strings.HasPrefix(l.name, restorePrefix)
 }
 
-// Volume looks a volume up. Its device is that of device-mapper, 0 if the volume is not active. The first call of a boot
-// tries out how this kernel's snapshots get along with frozen filesystems, which takes seconds (freeze.go).
+// Volume looks a volume up. Its device is that of device-mapper, 0 if the volume is not active. The first call of a
+// boot tries out how this kernel's snapshots get along with frozen filesystems, which takes seconds (freeze.go).
 func (a *Adapter) Volume(ctx context.Context, id adapters.VolumeID) (adapters.Volume, error) {
 	p, err := a.locate(ctx, id)
 	if err != nil {
