@@ -29,12 +29,23 @@ func chosen() (kind, error) {
 	case here, uml, umlNewer, qemu:
 		return k, nil
 	case "":
-		if _, err := os.Stat("/dev/mapper/control"); err == nil {
+		if hasDeviceMapper() {
 			return here, nil
 		}
 		return uml, nil
 	}
 	return "", fmt.Errorf("%s=%s: it is one of %s, %s, %s, %s", envChoice, k, here, uml, umlNewer, qemu)
+}
+
+// hasDeviceMapper opens the control device, which loads the module: that it is there proves nothing, LVM's programs make it on
+// any kernel.
+func hasDeviceMapper() bool {
+	f, err := os.OpenFile("/dev/mapper/control", os.O_RDWR, 0)
+	if err != nil {
+		return false
+	}
+	f.Close()
+	return true
 }
 
 // kernel is one that can be booted.
