@@ -161,6 +161,15 @@ type Restorer interface {
 	Begin(ctx context.Context, spec VolumeSpec) (Target, error)
 }
 
+// Cloner makes a volume of a snapshot by sharing what the snapshot holds, where Restorer would copy it.
+type Cloner interface {
+	// BeginClone is Begin for a new volume; the target holds what the snapshot does, and zeros beyond its end, as soon as it
+	// exists, and can be written to as any other. The snapshot does not depend on the volume, nor the volume on the snapshot:
+	// either may be deleted. Unsupported: this snapshot cannot be shared with that volume (another pool, another
+	// filesystem), copy it. A size below the snapshot's and Overwrite are Invalid, and so is a token that Begin was given.
+	BeginClone(ctx context.Context, id SnapshotID, spec VolumeSpec) (Target, error)
+}
+
 // VolumeSpec is the volume that a restore wants. Token names the restore, so that its repetition finds the same
 // target: same volume, same source, same token. Size is in bytes.
 type VolumeSpec struct {
@@ -315,6 +324,7 @@ func CapabilitiesOf(a Adapter) Capabilities {
 		"diff":         has[Differ](a),
 		"open":         has[Opener](a),
 		"restore":      has[Restorer](a),
+		"clone":        has[Cloner](a),
 		"tree":         has[Trees](a),
 		"restore-tree": has[TreeRestorer](a),
 	}

@@ -50,6 +50,7 @@ func Decorate(a Adapter, l Layer) Adapter {
 	add(d, func(in Differ) any { return differ{d.layered, in} })
 	add(d, func(in Opener) any { return opener{d.layered, in} })
 	add(d, func(in Restorer) any { return restorer{d.layered, in} })
+	add(d, func(in Cloner) any { return cloner{d.layered, in} })
 	add(d, func(in Trees) any { return trees{d.layered, in} })
 	add(d, func(in TreeRestorer) any { return treeRestorer{d.layered, in} })
 	return d
@@ -213,15 +214,28 @@ type restorer struct {
 }
 
 func (r restorer) Begin(ctx context.Context, spec VolumeSpec) (Target, error) {
+	return begin(ctx, r.layered, "Begin", func(ctx context.Context) (Target, error) { return r.inner.Begin(ctx, spec) })
+}
+
+type cloner struct {
+	layered
+	inner Cloner
+}
+
+func (c cloner) BeginClone(ctx context.Context, id SnapshotID, spec VolumeSpec) (Target, error) {
+	return begin(ctx, c.layered, "BeginClone", func(ctx context.Context) (Target, error) { return c.inner.BeginClone(ctx, id, spec) })
+}
+
+func begin(ctx context.Context, l layered, method string, do func(context.Context) (Target, error)) (Target, error) {
 	var t Target
-	err := r.call(ctx, "Begin", func(ctx context.Context) (err error) { t, err = r.inner.Begin(ctx, spec); return err })
+	err := l.call(ctx, method, func(ctx context.Context) (err error) { t, err = do(ctx); return err })
 	if err != nil {
 		if t != nil {
 			t.Close() // begun, but the layer says otherwise
 		}
 		return nil, err
 	}
-	return target{fileTarget{r.layered, t}, t}, nil
+	return target{fileTarget{l, t}, t}, nil
 }
 
 type target struct {

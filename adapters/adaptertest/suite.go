@@ -112,6 +112,8 @@ func Run(t *testing.T, h Harness) {
 		{"Restore/Abort", []string{"restore", "open"}, (*suite).restoreAbort},
 		{"Restore/Overwrite", []string{"restore", "open"}, (*suite).restoreOverwrite},
 		{"Restore/InUse", []string{"restore"}, (*suite).restoreInUse},
+		{"Clone", []string{"clone", "restore", "open"}, (*suite).clone},
+		{"Clone/Errors", []string{"clone", "restore"}, (*suite).cloneErrors},
 		{"Restore/Errors", []string{"restore"}, (*suite).restoreErrors},
 		{"Tree", []string{"tree"}, (*suite).tree},
 		{"Tree/Errors", []string{"tree"}, (*suite).treeErrors},

@@ -21,11 +21,16 @@ func (a *Adapter) Begin(ctx context.Context, spec adapters.VolumeSpec) (adapters
 	if spec.Token == "" || spec.Size <= 0 {
 		return nil, fault.Errorf(fault.Invalid, "volume %s: a restore needs a token and a size of at least one byte, not %q and %d", spec.ID, spec.Token, spec.Size)
 	}
+	return a.begin(ctx, spec, clone{})
+}
+
+// begin makes or opens a target. A new one is a clone of a snapshot if there is one.
+func (a *Adapter) begin(ctx context.Context, spec adapters.VolumeSpec, of clone) (adapters.Target, error) {
 	p, err := a.locate(ctx, spec.ID)
 	if err != nil {
 		return nil, err
 	}
-	t := &target{adapter: a, place: p, size: spec.Size, overwrite: spec.Overwrite}
+	t := &target{adapter: a, place: p, size: spec.Size, overwrite: spec.Overwrite, of: of}
 	if spec.Overwrite {
 		err = t.openExisting(ctx)
 	} else {
@@ -43,6 +48,7 @@ type target struct {
 	place     place
 	size      int64
 	overwrite bool
+	of        clone    // what a new volume is a clone of
 	volume    *logical // that is written to
 	pool      poolRef
 	chunk     int64 // of discards that make zeros; 0 if none do
@@ -110,19 +116,25 @@ func (t *target) openNew(ctx context.Context, token string) error {
 	}
 	of, ours := join(l.tags, tagRestore)
 	size, _ := single(l.tags, tagSize)
+	origin, _ := single(l.tags, tagClone)
 	switch {
 	case !ours || of != t.place.name || l.kind != thinVolume:
 		return fault.Errorf(fault.Busy, "the logical volume %s is not an unfinished restore of it; rename it", l.name)
+	case origin != t.of.origin():
+		return fault.Errorf(fault.Invalid, "the token is that of another restore; use another")
 	case size != strconv.FormatInt(t.size, 10):
 		return fault.Errorf(fault.Invalid, "this restore was begun with %s bytes, not %d; use another token", size, t.size)
 	}
-	return t.claim(ctx, l)
+	if err := t.claim(ctx, l); err != nil {
+		return err
+	}
+	return t.complete(ctx)
 }
 
 // create makes the hidden volume.
 func (t *target) create(ctx context.Context, name string) (*logical, error) {
 	g := t.place.group
-	pool, err := t.choosePool()
+	pool, err := t.poolOfNew()
 	if err != nil {
 		return nil, err
 	}
@@ -134,13 +146,16 @@ func (t *target) create(ctx context.Context, name string) (*logical, error) {
 	if err != nil {
 		return nil, err
 	}
-	size := (t.size + g.extent - 1) / g.extent * g.extent
-	args := []string{"lvcreate", "-q", "-y", "-V", strconv.FormatInt(size, 10) + "b", "--thinpool", pool.name, "-kn", "-Wn", "-n", name,
-		"--addtag", tagSize + strconv.FormatInt(t.size, 10)}
+	args := []string{"lvcreate", "-q", "-y", "-kn", "-n", name, "--addtag", tagSize + strconv.FormatInt(t.size, 10)}
 	for _, tag := range split(tagRestore, t.place.name) {
 		args = append(args, "--addtag", tag)
 	}
-	if _, err := t.adapter.change(ctx, g, task{args: append(args, g.name), intent: t.adapter.intent(g, &logical{pool: pool.name})}); err != nil {
+	if s := t.of.snapshot; s != nil {
+		args = append(args, "-s", "-prw", "--addtag", tagClone+s.id, g.name+"/"+s.name)
+	} else {
+		args = append(args, "-V", bytesOf(t.wholeSize()), "--thinpool", pool.name, "-Wn", g.name)
+	}
+	if _, err := t.adapter.change(ctx, g, task{args: args, intent: t.adapter.intent(g, &logical{pool: pool.name})}); err != nil {
 		return nil, err
 	}
 	if g, err = t.adapter.report(ctx, g); err != nil || g == nil || g.logical[name] == nil {
@@ -150,7 +165,15 @@ func (t *target) create(ctx context.Context, name string) (*logical, error) {
 	return g.logical[name], nil
 }
 
-// choosePool is the pool of a new volume: the one that is configured, or that of the volume's snapshots, or the only
+// poolOfNew is the pool of a new volume.
+func (t *target) poolOfNew() (*logical, error) {
+	if t.of.snapshot != nil {
+		return t.of.poolIn(t.place.group, t.adapter.pool, t.wholeSize())
+	}
+	return t.choosePool()
+}
+
+// choosePool is the pool of a new volume that is no clone: the one that is configured, or that of the volume's snapshots, or the only
 // one.
 func (t *target) choosePool() (*logical, error) {
 	g, want := t.place.group, t.adapter.pool
@@ -282,8 +305,8 @@ func (t *target) access(off, length int64, do func() error) error {
 }
 
 // ReadsZero is true for a new volume in a pool that zeroes a chunk before its first use. In others (lvcreate -Zn) the
-// rest of a chunk that was written in part holds what some volume left there.
-func (t *target) ReadsZero() bool { return !t.overwrite && t.zeroed }
+// rest of a chunk that was written in part holds what some volume left there. A clone holds its snapshot's bytes.
+func (t *target) ReadsZero() bool { return !t.overwrite && t.zeroed && t.of.snapshot == nil }
 
 // Commit makes the content durable, then gives a new volume its name, then takes the marks of a restore off. A volume
 // that kept them, because that last step failed, is one nevertheless.
@@ -324,6 +347,9 @@ func (t *target) commit(ctx context.Context) error {
 			marks = append(marks, tag)
 		}
 		if _, is := single([]string{tag}, tagSize); is {
+			marks = append(marks, tag)
+		}
+		if _, is := single([]string{tag}, tagClone); is {
 			marks = append(marks, tag)
 		}
 	}

@@ -25,6 +25,7 @@ const (
 	tagNotes   = tagPrefix + "notes."
 	tagRestore = tagPrefix + "restore." // the volume's name: this is a restore that is not finished
 	tagSize    = tagPrefix + "size="    // bytes that the restore was begun with
+	tagClone   = tagPrefix + "clone="   // the UUID of the logical volume that it is a clone of, until the restore is finished
 	tagScratch = tagPrefix + "scratch=" // this boot's id: made to try something, and removed by whoever finds it
 
 	tagMax     = 1024

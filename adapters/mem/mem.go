@@ -30,6 +30,7 @@ var (
 	_ adapters.Differ   = (*Adapter)(nil)
 	_ adapters.Opener   = (*Adapter)(nil)
 	_ adapters.Restorer = (*Adapter)(nil)
+	_ adapters.Cloner   = (*Adapter)(nil)
 )
 
 // Adapter opens the store as a backend of that name.

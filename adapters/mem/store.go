@@ -55,6 +55,7 @@ type snapshot struct {
 	tree
 	files grove             // of a volume that is a tree of files
 	info  adapters.Snapshot // ID.Volume.Backend is empty here: backends are the adapters' business
+	epoch uint64            // after all that is in the tree
 	gone  atomic.Bool       // deleted while it may be open
 }
 
@@ -195,7 +196,7 @@ func (v *Volume) snapshot(wanted string, mark adapters.Mark) *snapshot {
 	defer v.mu.Unlock()
 	v.epoch++
 	id := adapters.SnapshotID{Volume: adapters.VolumeID{ID: v.id}, Name: adapters.Name(wanted)}
-	return &snapshot{tree: v.tree, files: maps.Clone(v.files), info: adapters.Snapshot{ID: id, Wanted: wanted, Form: v.files.form(), Size: v.size, Created: time.Now(), Mark: mark}}
+	return &snapshot{tree: v.tree, epoch: v.epoch, files: maps.Clone(v.files), info: adapters.Snapshot{ID: id, Wanted: wanted, Form: v.files.form(), Size: v.size, Created: time.Now(), Mark: mark}}
 }
 
 // canonical returns LOCALITY/NAME for an id that a person typed.

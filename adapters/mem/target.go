@@ -15,16 +15,35 @@ import (
 type target struct {
 	volume    *Volume
 	overwrite bool
+	clone     bool
 	holder    *Adapter
 }
 
 // Begin makes a target or opens it again.
 func (a *Adapter) Begin(ctx context.Context, spec adapters.VolumeSpec) (adapters.Target, error) {
+	defer a.store.lock()()
+	return a.begin(ctx, spec, nil)
+}
+
+// BeginClone shares the snapshot's tree.
+func (a *Adapter) BeginClone(ctx context.Context, id adapters.SnapshotID, spec adapters.VolumeSpec) (adapters.Target, error) {
+	defer a.store.lock()()
+	s, err := a.readableAs(ctx, id, adapters.BlockForm)
+	if err != nil {
+		return nil, err
+	}
+	if spec.Overwrite || spec.Size < s.info.Size {
+		return nil, fault.Errorf(fault.Invalid, "volume %s: a clone of %s is a new volume of at least %d bytes", spec.ID, id, s.info.Size)
+	}
+	return a.begin(ctx, spec, s)
+}
+
+// begin is called with the store locked. of is the snapshot that a new volume is a clone of, nil for none.
+func (a *Adapter) begin(ctx context.Context, spec adapters.VolumeSpec, of *snapshot) (adapters.Target, error) {
 	id, err := canonical(spec.ID.ID)
 	if err != nil {
 		return nil, err
 	}
-	defer a.store.lock()()
 	if err := a.reach(ctx, adapters.VolumeID{Backend: spec.ID.Backend, ID: id}); err != nil {
 		return nil, err
 	}
@@ -39,6 +58,8 @@ func (a *Adapter) Begin(ctx context.Context, spec adapters.VolumeSpec) (adapters
 		return nil, fault.Errorf(fault.Busy, "volume %s: the restore %s is under way", spec.ID, spec.Token)
 	case !spec.Overwrite && live != nil:
 		return nil, fault.Errorf(fault.Busy, "volume %s exists; overwrite it or choose another id", spec.ID)
+	case t != nil && t.clone != (of != nil):
+		return nil, fault.Errorf(fault.Invalid, "volume %s: the token %s is that of another restore", spec.ID, spec.Token)
 	case t != nil && t.volume.size != spec.Size:
 		return nil, fault.Errorf(fault.Invalid, "volume %s: the restore %s was begun with %d bytes", spec.ID, spec.Token, t.volume.size)
 	case spec.Overwrite && live == nil:
@@ -53,6 +74,10 @@ func (a *Adapter) Begin(ctx context.Context, spec adapters.VolumeSpec) (adapters
 		t = &target{volume: live, overwrite: spec.Overwrite}
 		if live == nil {
 			t.volume = &Volume{id: id, size: spec.Size, epoch: 1}
+		}
+		if of != nil {
+			t.clone, t.volume.tree, t.volume.epoch = true, of.tree, of.epoch
+			t.volume.tree.zero(of.info.Size, spec.Size, of.epoch)
 		}
 		set(&a.store.targets, k, t)
 	}
@@ -151,8 +176,8 @@ func (h *handle) give(e cbt.Extent) {
 	h.flight = slices.Delete(h.flight, i, i+1)
 }
 
-// ReadsZero is true of a new volume.
-func (h *handle) ReadsZero() bool { return !h.target.overwrite }
+// ReadsZero is true of a new volume that is no clone.
+func (h *handle) ReadsZero() bool { return !h.target.overwrite && !h.target.clone }
 
 // Commit makes the volume visible.
 func (h *handle) Commit(ctx context.Context) (adapters.Volume, error) {

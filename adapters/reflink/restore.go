@@ -1,6 +1,7 @@
 package reflink
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"io/fs"
@@ -25,15 +26,37 @@ func (a *Adapter) Begin(ctx context.Context, spec adapters.VolumeSpec) (adapters
 	if spec.Token == "" || spec.Size <= 0 {
 		return nil, fault.Errorf(fault.Invalid, "volume %s: a restore needs a token and a size of at least one byte, not %q and %d", spec.ID, spec.Token, spec.Size)
 	}
+	return a.begin(ctx, spec, nil)
+}
+
+// BeginClone makes a file that shares the snapshot's blocks: in the snapshot's own filesystem, others are Unsupported.
+func (a *Adapter) BeginClone(ctx context.Context, id adapters.SnapshotID, spec adapters.VolumeSpec) (adapters.Target, error) {
+	_, source, err := a.openSnapshot(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	defer source.Close()
+	st, err := stat(source)
+	if err != nil {
+		return nil, failed(err, "snapshot %s", id)
+	}
+	if spec.Token == "" || spec.Overwrite || spec.Size < st.Size {
+		return nil, fault.Errorf(fault.Invalid, "volume %s: a clone of %s is a new volume of at least %d bytes, and needs a token", spec.ID, id, st.Size)
+	}
+	return a.begin(ctx, spec, source)
+}
+
+// begin makes or opens a target. A new one is a clone of source, unless that is nil.
+func (a *Adapter) begin(ctx context.Context, spec adapters.VolumeSpec, source *os.File) (adapters.Target, error) {
 	at, err := a.locate(ctx, spec.ID)
 	if err != nil {
 		return nil, err
 	}
-	t := &target{adapter: a, at: at, size: spec.Size, overwrite: spec.Overwrite}
+	t := &target{adapter: a, at: at, size: spec.Size, overwrite: spec.Overwrite, clone: source != nil}
 	if spec.Overwrite {
 		err = t.openExisting()
 	} else {
-		err = t.openNew(spec.Token)
+		err = t.openNew(spec.Token, source)
 	}
 	if err == nil {
 		t.direct, err = reopen(t.file, os.O_RDWR|unix.O_DIRECT)
@@ -51,6 +74,7 @@ type target struct {
 	at           place
 	size         int64
 	overwrite    bool
+	clone        bool
 	folder       *os.File // of a new volume
 	name         string   // of the unfinished file in it
 	file, direct *os.File
@@ -87,7 +111,7 @@ func (t *target) openExisting() error {
 }
 
 // openNew makes the unfinished file, or opens the one that is there.
-func (t *target) openNew(token string) error {
+func (t *target) openNew(token string, source *os.File) error {
 	var err error
 	if t.folder, _, err = t.at.open(path.Dir(t.at.path), os.O_RDONLY|unix.O_DIRECTORY); err != nil {
 		return err
@@ -99,7 +123,7 @@ func (t *target) openNew(token string) error {
 		}
 		t.file, err = treefs.OpenBeneath(t.folder, t.name, os.O_RDWR|unix.O_NONBLOCK|unix.O_NOFOLLOW)
 		if err == unix.ENOENT {
-			switch err := t.makeNew(); err {
+			switch err := t.makeNew(source); err {
 			case nil:
 				t.fresh = true
 			case unix.EEXIST:
@@ -133,20 +157,49 @@ func (t *target) vacant() error {
 	}
 }
 
-// makeNew makes the unfinished file, complete with its attribute, under its name.
-func (t *target) makeNew() error {
+// makeNew makes the unfinished file, complete with its attribute and, of a clone, its content, under its name.
+func (t *target) makeNew(source *os.File) error {
 	fd, err := unix.Openat(int(t.folder.Fd()), ".", unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o600)
 	if err != nil {
 		return err
 	}
-	defer unix.Close(fd)
+	f := os.NewFile(uintptr(fd), t.name)
+	defer f.Close()
+	if source != nil {
+		if err := share(f, source); err != nil {
+			return err
+		}
+	}
 	if err := unix.Ftruncate(fd, t.size); err != nil {
 		return err
 	}
-	if err := unix.Fsetxattr(fd, restoreAttr, []byte(t.at.id.ID), 0); err != nil {
+	if err := unix.Fsetxattr(fd, restoreAttr, t.attribute(), 0); err != nil {
 		return err
 	}
 	return unix.Linkat(fd, "", int(t.folder.Fd()), t.name, unix.AT_EMPTY_PATH)
+}
+
+// share makes an empty file a clone of source.
+func share(f, source *os.File) error {
+	st, err := stat(source)
+	if err == nil {
+		err = likeSource(f, source)
+	}
+	if err == nil {
+		err = cloneRange(f, source, 0, st.Size)
+	}
+	if err == unix.EXDEV {
+		return fault.Errorf(fault.Unsupported, "it is on another filesystem than the snapshot, and can share no blocks with it")
+	}
+	return err
+}
+
+// attribute is what is noted on an unfinished file.
+func (t *target) attribute() []byte {
+	if t.clone {
+		return []byte(t.at.id.ID + " as a clone")
+	}
+	return []byte(t.at.id.ID)
 }
 
 // claim locks the unfinished file and reports whether it is still there under its name. Afterwards it is ours alone.
@@ -165,8 +218,9 @@ func (t *target) claim() (bool, error) {
 	if !sameFile(now, t.file) {
 		return false, nil
 	}
-	b := make([]byte, len(t.at.id.ID)+1)
-	if n, err := unix.Fgetxattr(int(t.file.Fd()), restoreAttr, b); err != nil || string(b[:n]) != t.at.id.ID {
+	want := t.attribute()
+	b := make([]byte, len(want)+1)
+	if n, err := unix.Fgetxattr(int(t.file.Fd()), restoreAttr, b); err != nil || !bytes.Equal(b[:n], want) {
 		return false, fault.Errorf(fault.Busy, "the file %s beside it is not an unfinished restore of it; move it away", t.name)
 	}
 	st, err := stat(t.file)
@@ -247,8 +301,8 @@ func (t *target) change(off, length int64, write func() error) error {
 	return nil
 }
 
-// ReadsZero is true for a new file, in which everything is a hole until it is written.
-func (t *target) ReadsZero() bool { return !t.overwrite }
+// ReadsZero is true for a new file, in which everything is a hole until it is written, unless it is a clone.
+func (t *target) ReadsZero() bool { return !t.overwrite && !t.clone }
 
 // Commit makes the content durable, then gives a new volume its name, then makes that durable. It waits for the disk.
 func (t *target) Commit(ctx context.Context) (adapters.Volume, error) {
