@@ -1,27 +1,17 @@
 package adaptertest
 
 import (
-	"context"
 	"testing"
 
 	"stillpoint.io/stillpoint/adapters"
 	"stillpoint.io/stillpoint/fault"
 )
 
-// beginClone begins a clone. It is closed at the end of the test.
+// beginClone begins a clone.
 func (s *suite) beginClone(t testing.TB, a adapters.Adapter, id adapters.SnapshotID, spec adapters.VolumeSpec) adapters.Target {
 	t.Helper()
 	c, _ := adapters.As[adapters.Cloner](a)
-	target, err := c.BeginClone(t.Context(), id, spec)
-	succeed(t, "BeginClone makes a target, or opens again what a dead process left", err)
-	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), patience)
-		defer cancel()
-		if err := target.Abort(ctx); err != nil {
-			t.Errorf("broken promise: Abort after Commit, Abort or Close does nothing: %v", err)
-		}
-	})
-	return target
+	return begun(t)(c.BeginClone(t.Context(), id, spec))
 }
 
 // overwrite writes all of a volume.

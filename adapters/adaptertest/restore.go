@@ -11,20 +11,27 @@ import (
 	"stillpoint.io/stillpoint/fault"
 )
 
-// begin begins a restore. It is closed at the end of the test, which does nothing to one that was committed.
+// begin begins a restore.
 func (s *suite) begin(t testing.TB, a adapters.Adapter, spec adapters.VolumeSpec) adapters.Target {
 	t.Helper()
 	r, _ := adapters.As[adapters.Restorer](a)
-	target, err := r.Begin(t.Context(), spec)
-	succeed(t, "Begin makes a target, or opens again what a dead process left", err)
-	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), patience)
-		defer cancel()
-		if err := target.Abort(ctx); err != nil {
-			t.Errorf("broken promise: Abort after Commit, Abort or Close does nothing: %v", err)
-		}
-	})
-	return target
+	return begun(t)(r.Begin(t.Context(), spec))
+}
+
+// begun checks a beginning. The target is closed at the end of the test, which does nothing to one that was committed.
+func begun(t testing.TB) func(adapters.Target, error) adapters.Target {
+	return func(target adapters.Target, err error) adapters.Target {
+		t.Helper()
+		succeed(t, "Begin and BeginClone make a target, or open again what a dead process left", err)
+		t.Cleanup(func() {
+			ctx, cancel := context.WithTimeout(context.Background(), patience)
+			defer cancel()
+			if err := target.Abort(ctx); err != nil {
+				t.Errorf("broken promise: Abort after Commit, Abort or Close does nothing: %v", err)
+			}
+		})
+		return target
+	}
 }
 
 // fill writes want into the target, in parallel pieces, some unaligned; zeros are written only where they must be.

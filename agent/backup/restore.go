@@ -41,6 +41,7 @@ type RestoreRequest struct {
 	Size      int64  // bytes; 0: the source's, or the existing volume's. What is beyond the source reads as zeros
 	Overwrite bool   // write over an existing volume
 	Suspect   bool   // restore a backup even if it is suspect
+	Copy      bool   // copy a snapshot even where its backend could make a volume that shares its blocks
 	GiveUp    bool   // remove what an interrupted restore of this source left, and make nothing
 	Budget    Budget
 	Progress  *Progress // may be nil
@@ -55,6 +56,7 @@ type RestoreReport struct {
 	BytesWritten int64   `json:"bytes_written"`     // data
 	BytesFound   int64   `json:"bytes_found"`       // data that the target had already, of an interrupted restore or of an overwritten volume
 	BytesZeroed  int64   `json:"bytes_zeroed"`      // zeros written because the target might have held something
+	Cloned       bool    `json:"cloned,omitempty"`  // nothing was copied: the volume shares the snapshot's blocks
 	Entries      int64   `json:"entries,omitempty"` // names that were made, of a tree
 	Seconds      float64 `json:"seconds"`
 }
@@ -62,6 +64,8 @@ type RestoreReport struct {
 // Restore makes the source into a volume, or writes it over one. Invalid: the volume would be smaller than the source.
 // Corrupt: the backup is suspect, or something in the repository is not what it must be; a new volume is then not made,
 // an overwritten one is overwritten in part.
+//
+// A snapshot becomes a new volume of its own backend without being copied, where the backend is a Cloner.
 //
 // A restore that was interrupted keeps what it wrote; the same restore again continues it. From a backup, whatever the
 // target holds already is compared with the backup's digests and neither read from the repository nor written again;
@@ -178,12 +182,20 @@ func restore(ctx context.Context, q RestoreRequest, from opened) (RestoreReport,
 		return RestoreReport{}, fault.Errorf(fault.Invalid, "the volume has %d bytes, the source %d; choose a larger one", spec.Size, from.image.Size())
 	}
 	spec.Token = adapters.ShortName(from.token)
-	target, err := restorer.Begin(ctx, spec)
+	report := RestoreReport{Source: from.handle}
+	target, err := q.beginClone(ctx, spec)
+	if report.Cloned = err == nil; fault.KindOf(err) == fault.Unsupported {
+		target, err = restorer.Begin(ctx, spec)
+	}
 	if err != nil {
 		return RestoreReport{}, err
 	}
 	if q.GiveUp {
-		return RestoreReport{Source: from.handle, Volume: q.Volume.String(), Size: spec.Size}, target.Abort(ctx)
+		report.Volume, report.Size = q.Volume.String(), spec.Size
+		return report, target.Abort(ctx)
+	}
+	if report.Cloned {
+		return report.commit(ctx, target)
 	}
 	f := newFiller(q, from, target)
 	defer f.pool.Close()
@@ -192,12 +204,23 @@ func restore(ctx context.Context, q RestoreRequest, from opened) (RestoreReport,
 	} else if err != nil {
 		return RestoreReport{}, errors.Join(err, target.Close())
 	}
-	v, err := target.Commit(ctx)
-	if err != nil {
-		return RestoreReport{}, err
+	report.BytesWritten, report.BytesFound, report.BytesZeroed = f.written.Load(), f.found.Load(), f.zeroed.Load()
+	return report.commit(ctx, target)
+}
+
+// beginClone begins a new volume that shares the snapshot's blocks. Unsupported: it is to be copied.
+func (q RestoreRequest) beginClone(ctx context.Context, spec adapters.VolumeSpec) (adapters.Target, error) {
+	cloner, ok := adapters.As[adapters.Cloner](q.Target)
+	if !ok || q.Copy || q.Overwrite || q.Source.adapter == nil || q.Source.snapshot.Volume.Backend != q.Volume.Backend {
+		return nil, fault.Errorf(fault.Unsupported, "it is to be copied")
 	}
-	return RestoreReport{
-		Source: from.handle, Volume: v.ID.String(), Path: v.Path, Size: v.Size,
-		BytesWritten: f.written.Load(), BytesFound: f.found.Load(), BytesZeroed: f.zeroed.Load(),
-	}, nil
+	spec.Token = adapters.ShortName(spec.Token + " as a clone")
+	return cloner.BeginClone(ctx, q.Source.snapshot, spec)
+}
+
+// commit makes the target a volume, and completes the report of that.
+func (r RestoreReport) commit(ctx context.Context, target adapters.Target) (RestoreReport, error) {
+	v, err := target.Commit(ctx)
+	r.Volume, r.Path, r.Size = v.ID.String(), v.Path, v.Size
+	return r, err
 }

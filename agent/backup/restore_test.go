@@ -48,6 +48,47 @@ func TestRestoreOverwrites(t *testing.T) {
 	}
 }
 
+// A snapshot becomes a new volume of its backend without a byte being moved, unless that is asked for; where the backend
+// cannot it is copied.
+func TestRestoreClones(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, 64<<10, 3<<20)
+	w.write(random(rand.New(rand.NewPCG(6, 6)), 2<<20), 4096)
+	s, want := w.cut()
+	for name, q := range map[string]RestoreRequest{
+		"clone":   {Target: w.adapter},
+		"larger":  {Target: w.adapter, Size: 5 << 20},
+		"copy":    {Target: w.adapter, Copy: true},
+		"cannot":  {Target: copier{w.adapter.(*mem.Adapter)}},
+		"another": {Target: w.store.Adapter("other")},
+	} {
+		cloned := name == "clone" || name == "larger"
+		q.Source = FromSnapshot(w.adapter, s)
+		q.Volume = adapters.VolumeID{Backend: "mem", ID: name}
+		if name == "another" {
+			q.Volume.Backend = "other"
+		}
+		r, err := Restore(t.Context(), q)
+		if err != nil || r.Cloned != cloned || (r.BytesWritten == 0) != cloned {
+			t.Errorf("%s: %+v, %v", name, r, err)
+			continue
+		}
+		all := append(bytes.Clone(want), make([]byte, r.Size-int64(len(want)))...)
+		mustEqual(t, name, w.volumeContent(adapters.VolumeID{Backend: "mem", ID: "local/" + name}), all)
+	}
+	twice := RestoreRequest{Source: FromSnapshot(w.adapter, s), Target: w.adapter, Volume: target("clone")}
+	if _, err := Restore(t.Context(), twice); fault.KindOf(err) != fault.Busy {
+		t.Errorf("over a volume that exists: %v", err)
+	}
+}
+
+// copier is a backend that cannot share a snapshot's blocks with this volume.
+type copier struct{ *mem.Adapter }
+
+func (copier) BeginClone(context.Context, adapters.SnapshotID, adapters.VolumeSpec) (adapters.Target, error) {
+	return nil, fault.Errorf(fault.Unsupported, "another pool")
+}
+
 func TestRestoreSizes(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, 64<<10, 5<<20)
@@ -133,7 +174,7 @@ func TestCancel(t *testing.T) {
 			left.Store(n)
 		}
 		ctx, cancel2 := context.WithCancel(t.Context())
-		q2 := RestoreRequest{Source: FromSnapshot(canceller{w.adapter.(*mem.Adapter), left, cancel2}, s), Target: w.adapter, Volume: target("v")}
+		q2 := RestoreRequest{Source: FromSnapshot(canceller{w.adapter.(*mem.Adapter), left, cancel2}, s), Target: w.adapter, Volume: target("v"), Copy: true}
 		if r, err := Restore(ctx, q2); n < 8 && !errors.Is(err, context.Canceled) {
 			t.Errorf("restore cancelled at read %d: %+v, %v", n, r, err)
 		}

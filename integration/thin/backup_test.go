@@ -119,6 +119,13 @@ func TestBackups(t *testing.T) {
 				s.mustBe(t, s.device(t, fresh), last)
 			}
 			must(t, s.Sound(t.Context(), fstype, s.device(t, fresh)))
+			cloned := adapters.VolumeID{Backend: "lvm-thin", ID: group + "/cloned"}
+			report, err := backup.Restore(t.Context(), backup.RestoreRequest{Source: backup.FromSnapshot(s.thin, last), Target: s.thin, Volume: cloned})
+			if err != nil || !report.Cloned {
+				t.Fatalf("%+v, %v", report, err)
+			}
+			s.mustBe(t, s.device(t, cloned), last)
+			must(t, s.Sound(t.Context(), fstype, s.device(t, cloned)))
 			s.quiet(t)
 		})
 	}
