@@ -32,7 +32,7 @@ func (a *Adapter) CreateSnapshot(ctx context.Context, id adapters.VolumeID, want
 		if s := p.group.logical[snapshotVolume(l.name, adapters.Name(wanted))]; s != nil {
 			return a.existing(p, s, wanted)
 		}
-		if err := a.ready(p, l); err != nil {
+		if err := a.ready(ctx, p, l); err != nil {
 			return adapters.Snapshot{}, err
 		}
 		r := record{of: l.name, wanted: wanted, mark: adapters.Cutting, created: time.Now().UTC()}

@@ -7,6 +7,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"time"
 
 	"stillpoint.io/stillpoint/adapters"
 	"stillpoint.io/stillpoint/fault"
@@ -293,7 +294,7 @@ func (a *Adapter) Gate(ctx context.Context, ids []adapters.VolumeID) (adapters.F
 			return adapters.Forecast{}, err
 		}
 		a.tidy(ctx, p.group)
-		if err := a.ready(p, l); err != nil {
+		if err := a.ready(ctx, p, l); err != nil {
 			return adapters.Forecast{}, err
 		}
 		groups[p.group.id]++
@@ -305,8 +306,11 @@ func (a *Adapter) Gate(ctx context.Context, ids []adapters.VolumeID) (adapters.F
 	return forecast, nil
 }
 
+// suspendPatience is how long a suspended volume is waited for: LVM's programs suspend one for a moment.
+const suspendPatience = 5 * time.Second
+
 // ready decides whether a volume can be snapshotted now, as far as the kernel knows.
-func (a *Adapter) ready(p place, l *logical) error {
+func (a *Adapter) ready(ctx context.Context, p place, l *logical) error {
 	pool, _, err := p.group.poolOf(l)
 	if err != nil {
 		return fault.Errorf(fault.KindOf(err), "volume %s: %w", p.id, err)
@@ -318,8 +322,14 @@ func (a *Adapter) ready(p place, l *logical) error {
 	if err != nil {
 		return failed(err, "volume %s", p.id)
 	}
-	d, err := a.mapper.find(mapperUUID(p.group.id, l.id, ""))
-	if err == nil && d != nil && d.suspended {
+	limited, cancel := context.WithTimeout(ctx, suspendPatience)
+	defer cancel()
+	var d *mapped
+	err = poll(limited, pollStep, func() (still bool, err error) {
+		d, err = a.mapper.find(mapperUUID(p.group.id, l.id, ""))
+		return d == nil || !d.suspended, err
+	})
+	if d != nil && d.suspended && ctx.Err() == nil {
 		err = fault.Errorf(fault.Busy, "its device %s is suspended, by a program of LVM's at work or one that died: dmsetup resume %s, if none is", d.name, d.name)
 	}
 	if err != nil {
