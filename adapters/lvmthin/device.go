@@ -8,10 +8,10 @@ import (
 	"golang.org/x/sys/unix"
 
 	"stillpoint.io/stillpoint/adapters"
+	"stillpoint.io/stillpoint/adapters/direct"
 )
 
-// disk is an open block device: past the page cache where the alignment allows, through it otherwise. The kernel keeps
-// both in step on one device.
+// disk is an open block device, as package direct has it.
 type disk struct {
 	cached, direct *os.File
 }
@@ -22,12 +22,12 @@ func openDisk(d adapters.Device, flags int) (*disk, error) {
 	if err != nil {
 		return nil, err
 	}
-	direct, err := openDevice(d, flags&^unix.O_EXCL|unix.O_DIRECT)
+	bypass, err := openDevice(d, flags&^unix.O_EXCL|unix.O_DIRECT)
 	if err != nil {
 		cached.Close()
 		return nil, err
 	}
-	return &disk{cached: cached, direct: direct}, nil
+	return &disk{cached: cached, direct: bypass}, nil
 }
 
 func (d *disk) close() {
@@ -43,41 +43,9 @@ func (d *disk) writeAt(ctx context.Context, p []byte, off int64) (int, error) {
 	return d.move(ctx, p, off, (*os.File).WriteAt)
 }
 
-// move reads or writes piece by piece, and looks at the context in between.
 func (d *disk) move(ctx context.Context, p []byte, off int64, do func(f *os.File, p []byte, off int64) (int, error)) (int, error) {
-	n := 0
-	for n < len(p) {
-		if err := ctx.Err(); err != nil {
-			return n, err
-		}
-		piece, direct := nextPiece(p[n:], off+int64(n))
-		f := d.cached
-		if direct {
-			f = d.direct
-		}
-		m, err := do(f, piece, off+int64(n))
-		n += m
-		if err != nil {
-			return n, errno(err)
-		}
-	}
-	return n, nil
-}
-
-// pieceMax is the most that is read or written between two looks at the context, in bytes.
-const pieceMax = 4 << 20
-
-// nextPiece is the start of p that is read or written at once at an offset, and whether directly: its whole aligned
-// part, or what is left of it.
-func nextPiece(p []byte, off int64) (piece []byte, direct bool) {
-	p = p[:min(len(p), pieceMax)]
-	if off%adapters.ImageAlign != 0 || uintptr(unsafe.Pointer(unsafe.SliceData(p)))%adapters.ImageAlign != 0 {
-		return p, false
-	}
-	if whole := len(p) / adapters.ImageAlign * adapters.ImageAlign; whole > 0 {
-		return p[:whole], true
-	}
-	return p, false
+	n, err := direct.Move(ctx, d.cached, d.direct, p, off, do)
+	return n, errno(err)
 }
 
 // zeroMost is the most that is zeroed between two looks at the context, in bytes.

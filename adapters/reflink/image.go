@@ -4,11 +4,11 @@ import (
 	"context"
 	"io"
 	"os"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 
 	"stillpoint.io/stillpoint/adapters"
+	"stillpoint.io/stillpoint/adapters/direct"
 	"stillpoint.io/stillpoint/cbt"
 	"stillpoint.io/stillpoint/cbt/fiemap"
 	"stillpoint.io/stillpoint/fault"
@@ -135,30 +135,17 @@ type image struct {
 	size           int64
 }
 
-// pieceMax is the most that is read or written between two looks at the context, in bytes.
-const pieceMax = 4 << 20
-
 func (i *image) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
 	if off < 0 {
 		return 0, fault.Errorf(fault.Invalid, "snapshot %s: read at %d", i.id, off)
 	}
 	wanted := len(p)
 	p = p[:max(0, min(int64(wanted), i.size-off))]
-	n := 0
-	for n < len(p) {
-		if err := ctx.Err(); err != nil {
-			return n, err
-		}
-		piece, direct := nextPiece(p[n:], off+int64(n))
-		f := i.cached
-		if direct {
-			f = i.direct
-		}
-		m, err := f.ReadAt(piece, off+int64(n))
-		n += m
-		if err != nil {
-			return n, failed(errno(err), "snapshot %s: reading %d bytes at %d", i.id, len(piece), off+int64(n))
-		}
+	n, err := direct.Move(ctx, i.cached, i.direct, p, off, (*os.File).ReadAt)
+	if err != nil && err != ctx.Err() {
+		return n, failed(errno(err), "snapshot %s: reading %d bytes at %d", i.id, len(p)-n, off+int64(n))
+	} else if err != nil {
+		return n, err
 	}
 	if n < wanted {
 		return n, io.EOF
@@ -171,17 +158,4 @@ func (i *image) Size() int64 { return i.size }
 func (i *image) Close() error {
 	i.direct.Close()
 	return errno(i.cached.Close())
-}
-
-// nextPiece is the start of p that is read or written at once at an offset, and whether directly: its whole aligned
-// part, or what is left of it.
-func nextPiece(p []byte, off int64) (piece []byte, direct bool) {
-	p = p[:min(len(p), pieceMax)]
-	if off%adapters.ImageAlign != 0 || uintptr(unsafe.Pointer(unsafe.SliceData(p)))%adapters.ImageAlign != 0 {
-		return p, false
-	}
-	if whole := len(p) / adapters.ImageAlign * adapters.ImageAlign; whole > 0 {
-		return p[:whole], true
-	}
-	return p, false
 }

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"stillpoint.io/stillpoint/adapters"
+	"stillpoint.io/stillpoint/adapters/direct"
 	"stillpoint.io/stillpoint/adapters/treefs"
 	"stillpoint.io/stillpoint/fault"
 )
@@ -242,22 +243,8 @@ func (t *target) ReadAt(ctx context.Context, p []byte, off int64) error {
 
 func (t *target) move(ctx context.Context, p []byte, off int64, do func(f *os.File, p []byte, off int64) (int, error)) error {
 	return t.change(off, int64(len(p)), func() error {
-		for n := 0; n < len(p); {
-			if err := ctx.Err(); err != nil {
-				return err
-			}
-			piece, direct := nextPiece(p[n:], off+int64(n))
-			f := t.file
-			if direct {
-				f = t.direct
-			}
-			m, err := do(f, piece, off+int64(n))
-			if err != nil {
-				return errno(err)
-			}
-			n += m
-		}
-		return nil
+		_, err := direct.Move(ctx, t.file, t.direct, p, off, do)
+		return errno(err)
 	})
 }
 
