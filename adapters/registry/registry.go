@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"stillpoint.io/stillpoint/adapters"
+	"stillpoint.io/stillpoint/adapters/ceph"
 	"stillpoint.io/stillpoint/adapters/mem"
 	"stillpoint.io/stillpoint/adapters/reflink"
 	"stillpoint.io/stillpoint/fault"
@@ -16,6 +17,7 @@ import (
 func Kinds() []adapters.Kind {
 	return []adapters.Kind{
 		reflink.Kind(),
+		ceph.RBD(),
 		mem.Kind(),
 	}
 }

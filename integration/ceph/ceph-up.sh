@@ -1,13 +1,14 @@
 #!/bin/bash
 # ceph-up.sh: a real single-node Ceph (Debian 12: pacific 16.2.15) on 127.0.0.1, everything under one folder.
 #   ceph-up.sh start DIR     mon + mgr + osd (+ mds + CephFS) (+ radosgw), from nothing or from a stopped DIR
+#   ceph-up.sh osd   DIR     start the osd again after it was killed
 #   ceph-up.sh stop  DIR     stop every daemon of DIR (by pid file), keep the data
 #   ceph-up.sh purge DIR     stop and delete DIR
 # Environment: STORE=bluestore|memstore (bluestore)  OSD_SIZE=32G (sparse file)  PORT=6700 (range PORT..PORT+49)
 #              MDS=1|0  RGW=1|0  RGW_PORT=PORT+40
 # After it: export CEPH_CONF=DIR/ceph.conf  (client.admin key is at DIR/keyring, named in that conf)
 set -euo pipefail
-CMD=${1:?start|stop|purge} DIR=$(mkdir -p "${2:?DIR}" && cd "$2" && pwd)
+CMD=${1:?start|osd|stop|purge} DIR=$(mkdir -p "${2:?DIR}" && cd "$2" && pwd)
 STORE=${STORE:-bluestore} OSD_SIZE=${OSD_SIZE:-32G} PORT=${PORT:-6700} MDS=${MDS:-1} RGW=${RGW:-1}
 RGW_PORT=${RGW_PORT:-$((PORT + 40))}
 S3_KEY=${S3_KEY:-TESTACCESSKEY0000001} S3_SECRET=${S3_SECRET:-testsecretkey0000000000000000000000000001}
@@ -200,7 +201,11 @@ start)
     [ "$RGW" != 1 ] || wait_for 60 "rgw listening" rgwup
     wait_for 90 "HEALTH_OK" healthy || { ceph health detail; exit 1; }
     ;;
+osd)
+    if ! alive osd.0 >/dev/null; then rm -f "$DIR/run/osd.0.pid"; ceph-osd -c "$CEPH_CONF" -i 0; fi
+    say "osd started"
+    ;;
 stop) stop ;;
 purge) signal KILL client.rgw.a mds.a osd.0 mgr.x mon.a; say killed; rm -rf -- "$DIR" ;;
-*) echo "start|stop|purge" >&2; exit 2 ;;
+*) echo "start|osd|stop|purge" >&2; exit 2 ;;
 esac
