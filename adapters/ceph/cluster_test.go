@@ -3,7 +3,6 @@
 package ceph
 
 import (
-	"bytes"
 	"context"
 	"crypto/rand"
 	"flag"
@@ -305,5 +304,3 @@ func randomBytes(n int) []byte {
 	rand.Read(p)
 	return p
 }
-
-var _ = bytes.Equal

@@ -18,57 +18,76 @@ import (
 
 // Allocated lists what a snapshot holds, its parent's data included where the image is a clone.
 func (a *Adapter) Allocated(ctx context.Context, id adapters.SnapshotID, from int64) (cbt.Delta, error) {
-	f, err := a.bounded(ctx, id, from)
+	all, err := a.known(ctx, from, id)
 	if err != nil {
 		return cbt.Delta{}, err
 	}
-	return cbt.Delta{TargetSize: f.size, Granularity: 1, Confidence: cbt.Superset, Extents: func(yield func(cbt.Extent, error) bool) {
-		d, err := a.openDiff(ctx, id, f.number)
+	k := all[0]
+	return cbt.Delta{TargetSize: k.size, Granularity: 1, Confidence: cbt.Superset, Extents: func(yield func(cbt.Extent, error) bool) {
+		d, err := a.openDiff(ctx, id, k, nil)
 		if err != nil {
 			yield(cbt.Extent{}, err)
 			return
 		}
 		defer d.shut()
-		forward(cbt.Check(d.held(ctx, from), from, f.size), yield)
+		forward(cbt.Check(d.held(ctx, from), from, k.size), yield)
 	}}, nil
 }
 
 // Changed lists what differs between two snapshots of an image. Ceph can only look forward; where base is the younger,
 // what changed from target to base is told, as data where target holds any.
 func (a *Adapter) Changed(ctx context.Context, base, target adapters.SnapshotID, from int64) (cbt.Delta, error) {
-	b, err := a.bounded(ctx, base, 0)
+	if base.Volume != target.Volume {
+		return a.betweenVolumes(ctx, base, target, from)
+	}
+	all, err := a.known(ctx, from, target, base)
 	if err != nil {
 		return cbt.Delta{}, err
 	}
-	t, err := a.bounded(ctx, target, from)
+	t, b := all[0], all[1]
+	return cbt.Delta{BaseSize: b.size, TargetSize: t.size, Granularity: 1, Confidence: cbt.Superset, Extents: func(yield func(cbt.Extent, error) bool) {
+		switch {
+		case b.number < t.number:
+			d, err := a.openDiff(ctx, target, t, &b)
+			if err != nil {
+				yield(cbt.Extent{}, err)
+				return
+			}
+			defer d.shut()
+			forward(cbt.Check(d.since(ctx, b, from), from, t.size), yield)
+		case b.number > t.number:
+			d, err := a.openDiff(ctx, target, t, nil)
+			if err != nil {
+				yield(cbt.Extent{}, err)
+				return
+			}
+			defer d.shut()
+			later, err := a.openDiff(ctx, base, b, &t)
+			if err != nil {
+				yield(cbt.Extent{}, err)
+				return
+			}
+			defer later.shut()
+			forward(cbt.Check(backwards(later.since(ctx, t, from), d.held(ctx, from), from, b.size, t.size), from, t.size), yield)
+		}
+	}}, nil
+}
+
+// betweenVolumes compares where the two ids differ: they may still mean one volume.
+func (a *Adapter) betweenVolumes(ctx context.Context, base, target adapters.SnapshotID, from int64) (cbt.Delta, error) {
+	t, err := a.Volume(ctx, target.Volume)
 	if err != nil {
 		return cbt.Delta{}, err
 	}
-	if b.volume != t.volume {
+	b, err := a.Volume(ctx, base.Volume)
+	if err != nil {
+		return cbt.Delta{}, err
+	}
+	if b.ID != t.ID {
 		return cbt.Delta{}, fault.Errorf(fault.Invalid, "snapshots %s and %s are of two volumes", base, target)
 	}
-	return cbt.Delta{BaseSize: b.size, TargetSize: t.size, Granularity: 1, Confidence: cbt.Superset, Extents: func(yield func(cbt.Extent, error) bool) {
-		if b.number == t.number {
-			return
-		}
-		d, err := a.openDiff(ctx, target, t.number)
-		if err != nil {
-			yield(cbt.Extent{}, err)
-			return
-		}
-		defer d.shut()
-		if b.number < t.number {
-			forward(cbt.Check(d.since(ctx, b, from), from, t.size), yield)
-			return
-		}
-		later, err := a.openDiff(ctx, base, b.number)
-		if err != nil {
-			yield(cbt.Extent{}, err)
-			return
-		}
-		defer later.shut()
-		forward(cbt.Check(backwards(later.since(ctx, t, from), d.held(ctx, from), from, b.size, t.size), from, t.size), yield)
-	}}, nil
+	base.Volume, target.Volume = b.ID, t.ID
+	return a.Changed(ctx, base, target, from)
 }
 
 // backwards turns the changes from target to a younger base into those from base to target: what changed is data where
@@ -104,28 +123,34 @@ func forward(s cbt.Seq, yield func(cbt.Extent, error) bool) {
 	}
 }
 
-// known is a snapshot of a delta.
-type known struct {
-	found
-	volume string
-}
-
-// bounded looks a snapshot of ours up and checks that an offset is within it.
-func (a *Adapter) bounded(ctx context.Context, id adapters.SnapshotID, from int64) (known, error) {
-	k, err := callOn(ctx, a, id.Volume, "snapshot "+id.String(), func(one *call, name imageName) (known, error) {
-		_, f, err := a.lookup(one, name, id, forReading)
-		if err == nil && (f == nil || !f.mine) {
-			err = notFound()
-		}
+// known looks snapshots of ours of one volume up, and checks that an offset is within the first of them.
+func (a *Adapter) known(ctx context.Context, from int64, ids ...adapters.SnapshotID) ([]found, error) {
+	all, err := callOn(ctx, a, ids[0].Volume, "", func(one *call, name imageName) (all []found, err error) {
+		m, err := a.cluster.open(one, name, forReading)
 		if err != nil {
-			return known{}, err
+			return nil, err
 		}
-		return known{*f, name.String()}, nil
+		one.later(m.release)
+		for _, id := range ids {
+			err := checkName(id)
+			var f *found
+			if err == nil {
+				f, err = m.find(id.Name)
+			}
+			if err == nil && (f == nil || !f.mine) {
+				err = notFound()
+			}
+			if err != nil {
+				return nil, fmt.Errorf("snapshot %s: %w", id.Name, err)
+			}
+			all = append(all, *f)
+		}
+		return all, nil
 	})
-	if err == nil && (from < 0 || from > k.size) {
-		err = fault.Errorf(fault.Invalid, "snapshot %s: the offset %d is not within its %d bytes", id, from, k.size)
+	if err == nil && (from < 0 || from > all[0].size) {
+		err = fault.Errorf(fault.Invalid, "snapshot %s: the offset %d is not within its %d bytes", ids[0], from, all[0].size)
 	}
-	return k, err
+	return all, err
 }
 
 // diff is an image opened at the snapshot that is a delta's later end.
@@ -138,45 +163,52 @@ type diff struct {
 	flat    bool  // objects follow each other as the image's bytes do
 	exact   bool  // do not believe object maps
 	trust   bool  // believe them over a shrink too
+	// How many bytes the image has, and had at a base, from its parent where it has no object of its own.
+	now, before int64
 }
 
-// openDiff opens a snapshot, as long as it still has the number that was looked up.
-func (a *Adapter) openDiff(ctx context.Context, id adapters.SnapshotID, number snapshotNumber) (*diff, error) {
-	m, f, err := a.openSnapshot(ctx, id)
-	if err != nil {
-		return nil, err
-	}
-	d := &diff{image: m, what: "changed blocks of the snapshot " + id.String(), number: number, size: f.size, exact: a.exact, trust: a.keepTwoLevel}
-	if f.number != number {
-		m.shut()
-		return nil, fault.Errorf(fault.NotFound, "snapshot %s: it was deleted meanwhile, and another one has its name", id)
-	}
-	if err := d.layout(ctx); err != nil {
-		m.shut()
-		return nil, err
-	}
-	return d, nil
-}
-
-// layout reads how the image is cut into objects.
-func (d *diff) layout(ctx context.Context) error {
-	type layout struct {
-		objects int64
-		flat    bool
-	}
-	l, err := diffCall(ctx, d, func(*call) (l layout, err error) {
-		info, err := d.rbd.Stat()
+// openDiff opens a snapshot, as long as it still has the number that was looked up. With a base, it also notes what the
+// image had from its parent then.
+func (a *Adapter) openDiff(ctx context.Context, id adapters.SnapshotID, at found, base *found) (*diff, error) {
+	what := "changed blocks of the snapshot " + id.String()
+	return callOn(ctx, a, id.Volume, what, func(one *call, name imageName) (*diff, error) {
+		m, err := a.cluster.open(one, name, forReading)
 		if err != nil {
-			return l, err
+			return nil, err
 		}
-		unit, err := d.rbd.GetStripeUnit()
-		if err != nil {
-			return l, err
+		one.onAbandon(m.release)
+		d := &diff{image: m, what: what, number: at.number, size: at.size, exact: a.exact, trust: a.keepTwoLevel}
+		if base != nil {
+			if err := m.rbd.SetSnapByID(uint64(base.number)); err != nil {
+				return nil, fmt.Errorf("snapshot %s: %w", base.name, err)
+			}
+			if d.before, err = m.overlap(); err != nil {
+				return nil, err
+			}
 		}
-		count, err := d.rbd.GetStripeCount()
-		return layout{int64(info.Obj_size), unit == info.Obj_size && count == 1}, err
+		if err := m.rbd.SetSnapByID(uint64(at.number)); err != nil {
+			return nil, err
+		}
+		return d, d.layout()
 	})
-	d.objects, d.flat = l.objects, l.flat
+}
+
+// layout reads how the image is cut into objects, and what it has from a parent.
+func (d *diff) layout() error {
+	info, err := d.rbd.Stat()
+	if err != nil {
+		return err
+	}
+	unit, err := d.rbd.GetStripeUnit()
+	if err != nil {
+		return err
+	}
+	count, err := d.rbd.GetStripeCount()
+	if err != nil {
+		return err
+	}
+	d.objects, d.flat = int64(info.Obj_size), unit == info.Obj_size && count == 1
+	d.now, err = d.overlap()
 	return err
 }
 
@@ -191,14 +223,9 @@ func diffCall[T any](ctx context.Context, d *diff, f func(*call) (T, error)) (T,
 }
 
 // since lists what changed since an earlier snapshot, from an offset on.
-func (d *diff) since(ctx context.Context, base known, from int64) cbt.Seq {
+func (d *diff) since(ctx context.Context, base found, from int64) cbt.Seq {
 	return func(yield func(cbt.Extent, error) bool) {
 		set, err := d.changedObjects(ctx, base)
-		if err != nil {
-			yield(cbt.Extent{}, err)
-			return
-		}
-		lost, err := d.lostParent(ctx, base)
 		if err != nil {
 			yield(cbt.Extent{}, err)
 			return
@@ -207,33 +234,13 @@ func (d *diff) since(ctx context.Context, base known, from int64) cbt.Seq {
 		if grown := max(from, base.size); grown < d.size { // what is not written there reads as zeros
 			all = cbt.Merge(all, cbt.Of(cbt.Extent{Offset: grown, Length: d.size - grown, Zero: true}))
 		}
-		if start := max(from, lost.first); start < lost.end {
-			held := cbt.Fill(cbt.Clip(d.held(ctx, start), start, lost.end), start, lost.end)
-			all = cbt.Merge(all, held)
+		// What a clone had from its parent and has no more: because it shrank in between, which lets the parent go there for
+		// ever, or because it was flattened. Neither way of asking Ceph tells.
+		if start, end := max(from, d.now), min(d.before, d.size); start < end {
+			all = cbt.Merge(all, cbt.Fill(cbt.Clip(d.held(ctx, start), start, end), start, end))
 		}
 		forward(all, yield)
 	}
-}
-
-// lostParent is the range of bytes that a clone had from its parent at base and has no more: because it shrank in
-// between, which lets the parent go there for ever, or because it was flattened. Neither way of asking Ceph tells.
-func (d *diff) lostParent(ctx context.Context, base known) (span, error) {
-	return diffCall(ctx, d, func(one *call) (span, error) {
-		now, err := d.overlap()
-		if err != nil {
-			return span{}, err
-		}
-		m, err := d.connection.cluster.open(one, d.name, forReading)
-		if err != nil {
-			return span{}, err
-		}
-		defer m.release()
-		if err := m.rbd.SetSnapByID(uint64(base.number)); err != nil {
-			return span{}, err
-		}
-		then, err := m.overlap()
-		return span{now, min(then, d.size)}, err
-	})
 }
 
 // overlap is how many bytes of an image, at the snapshot it is opened at, are its parent's where it has no object.
@@ -243,7 +250,7 @@ func (m *image) overlap() (int64, error) {
 }
 
 // changedObjects is the set of the objects to be asked about: nil for all of them.
-func (d *diff) changedObjects(ctx context.Context, base known) (objectSet, error) {
+func (d *diff) changedObjects(ctx context.Context, base found) (objectSet, error) {
 	if d.exact || !d.flat {
 		return nil, nil
 	}
@@ -322,7 +329,7 @@ func (d *diff) held(ctx context.Context, from int64) cbt.Seq {
 			return
 		}
 		own := dropZeros(d.ask(ctx, rbd.NoSnapshot, set, from))
-		parent, overlap, err := d.parent(ctx)
+		parent, err := d.parent(ctx)
 		if err != nil {
 			yield(cbt.Extent{}, err)
 			return
@@ -332,7 +339,7 @@ func (d *diff) held(ctx context.Context, from int64) cbt.Seq {
 			return
 		}
 		defer parent.shut()
-		theirs := cbt.Clip(parent.held(ctx, min(from, parent.size)), from, min(overlap, d.size))
+		theirs := cbt.Clip(parent.held(ctx, min(from, parent.size)), from, min(d.now, d.size))
 		if set != nil { // an object hides the parent's data, also where it holds nothing itself
 			theirs = cbt.Subtract(theirs, set.extents(d.objects, d.size))
 		}
@@ -366,42 +373,33 @@ func (d *diff) ownObjects(ctx context.Context) (objectSet, error) {
 }
 
 // parent opens the snapshot that this one is a clone of, wherever it is by now; nil if it is none.
-func (d *diff) parent(ctx context.Context) (*diff, int64, error) {
-	type opened struct {
-		parent  *diff
-		overlap int64
+func (d *diff) parent(ctx context.Context) (*diff, error) {
+	if d.now == 0 {
+		return nil, nil
 	}
-	o, err := diffCall(ctx, d, func(one *call) (opened, error) {
-		overlap, err := d.overlap()
-		if err != nil || overlap == 0 {
-			return opened{}, err
-		}
+	return diffCall(ctx, d, func(one *call) (*diff, error) {
 		of, err := d.rbd.GetParent()
 		if err != nil {
-			return opened{}, ignore(err)
+			return nil, ignore(err)
 		}
 		name := imageName{of.Image.PoolName, of.Image.PoolNamespace, of.Image.ImageName}
 		pool, err := d.connection.pool(name.pool, name.namespace)
 		if err != nil {
-			return opened{}, err
+			return nil, err
 		}
 		m, err := d.connection.keep(name, pool)(rbd.OpenImageByIdReadOnly(pool, of.Image.ImageID, rbd.NoSnapshot))
 		if err != nil {
-			return opened{}, fmt.Errorf("its parent %s: %w", name, err)
+			return nil, fmt.Errorf("its parent %s: %w", name, err)
 		}
 		one.onAbandon(m.release)
 		if err := m.rbd.SetSnapByID(of.Snap.ID); err != nil {
-			return opened{}, fmt.Errorf("its parent %s@%s: %w", name, of.Snap.SnapName, err)
+			return nil, fmt.Errorf("its parent %s@%s: %w", name, of.Snap.SnapName, err)
 		}
 		size, err := m.rbd.GetSize()
-		return opened{&diff{image: m, what: d.what, number: snapshotNumber(of.Snap.ID), size: int64(size), exact: d.exact}, overlap}, err
+		if err != nil {
+			return nil, err
+		}
+		p := &diff{image: m, what: d.what, number: snapshotNumber(of.Snap.ID), size: int64(size), exact: d.exact}
+		return p, p.layout()
 	})
-	if err != nil || o.parent == nil {
-		return nil, 0, err
-	}
-	if err := o.parent.layout(ctx); err != nil {
-		o.parent.shut()
-		return nil, 0, err
-	}
-	return o.parent, o.overlap, nil
 }

@@ -4,7 +4,6 @@ import (
 	"crypto/rand"
 	"fmt"
 	"strings"
-	"time"
 
 	"stillpoint.io/stillpoint/adapters"
 	"stillpoint.io/stillpoint/fault"
@@ -15,8 +14,6 @@ const (
 	draftPrefix = ".stillpoint."
 	// targetPrefix starts the names of images that are being restored.
 	targetPrefix = ".stillpoint-restore-"
-	// draftAge is how old a snapshot being made must be to be nobody's work any more: far beyond any call's deadline.
-	draftAge = 10 * time.Minute
 )
 
 // imageName is where an image is. Namespace is empty for the pool's own.

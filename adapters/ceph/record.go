@@ -3,8 +3,6 @@ package ceph
 import (
 	"encoding/json"
 	"fmt"
-	"strconv"
-	"strings"
 	"time"
 
 	"stillpoint.io/stillpoint/adapters"
@@ -16,9 +14,6 @@ const recordVersion = 1
 
 // recordPrefix starts the keys of records in an image's metadata; the snapshot's number follows.
 const recordPrefix = ".stillpoint.snapshot."
-
-// restoreKey is the key under which an image that is being restored says what it will be.
-const restoreKey = ".stillpoint.restore"
 
 // recordMax is the most bytes of a record. Ceph itself keeps larger values, but its clients read metadata into buffers.
 const recordMax = 32 << 10
@@ -36,13 +31,6 @@ type record struct {
 type snapshotNumber uint64
 
 func recordKey(n snapshotNumber) string { return fmt.Sprintf("%s%016x", recordPrefix, uint64(n)) }
-
-// recordOf is the number in the key of a record.
-func recordOf(key string) (snapshotNumber, bool) {
-	text, ok := strings.CutPrefix(key, recordPrefix)
-	n, err := strconv.ParseUint(text, 16, 64)
-	return snapshotNumber(n), ok && err == nil && key == recordKey(snapshotNumber(n))
-}
 
 // encode gives the record's text. Notes too long to be kept are Invalid.
 func (r record) encode() (string, error) {

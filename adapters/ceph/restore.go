@@ -101,6 +101,9 @@ func vacant(pool *rados.IOContext, name imageName) error {
 	return first(fault.Errorf(fault.Busy, "it exists; overwrite it or choose another"), m.Close())
 }
 
+// restoreKey is the key of an image's metadata under which it says what it will be.
+const restoreKey = ".stillpoint.restore"
+
 const (
 	// settling is how long another watcher of an image may take to go: one that only looks does so at once.
 	settling = time.Second

@@ -193,7 +193,7 @@ func (a *Adapter) Snapshot(ctx context.Context, id adapters.SnapshotID) (adapter
 // DeleteSnapshot removes a snapshot. One with clones goes to Ceph's trash, or is Busy where its clones keep it.
 func (a *Adapter) DeleteSnapshot(ctx context.Context, id adapters.SnapshotID) error {
 	_, err := callOn(ctx, a, id.Volume, "deleting the snapshot "+id.String(), func(one *call, name imageName) (none, error) {
-		m, f, err := a.lookup(one, name, id, forReading)
+		_, f, err := a.lookup(one, name, id, forReading)
 		switch {
 		case isAbsent(err):
 			return none{}, nil
@@ -202,7 +202,8 @@ func (a *Adapter) DeleteSnapshot(ctx context.Context, id adapters.SnapshotID) er
 		case !f.mine:
 			return none{}, fault.Errorf(fault.Invalid, "it is not ours and stays")
 		}
-		if m, err = a.cluster.open(one, name, forChange); err != nil {
+		m, err := a.cluster.open(one, name, forChange)
+		if err != nil {
 			return none{}, ignore(err)
 		}
 		one.later(m.release)
@@ -219,6 +220,9 @@ func (a *Adapter) DeleteSnapshot(ctx context.Context, id adapters.SnapshotID) er
 	})
 	return err
 }
+
+// draftAge is how old a snapshot being made must be to be nobody's work any more: far beyond any call's deadline.
+const draftAge = 10 * time.Minute
 
 // sweep removes what dead processes left in an image: snapshots that never got their name.
 func (m *image) sweep(one *call) error {
