@@ -20,7 +20,8 @@ const (
 // calls keeps account of what is under way in Ceph's libraries. No call there can be cancelled, so each runs in a
 // goroutine of its own, and who asked waits for it no longer than for its context.
 type calls struct {
-	owner string // the backend's name, for messages
+	owner string        // the backend's name, for messages
+	limit time.Duration // for one call
 	slots chan struct{}
 
 	mu    sync.Mutex
@@ -28,8 +29,8 @@ type calls struct {
 	idle  *sync.Cond // under became empty
 }
 
-func newCalls(backend string) *calls {
-	c := &calls{owner: backend, slots: make(chan struct{}, callsMax), under: map[*call]struct{}{}}
+func newCalls(backend string, limit time.Duration) *calls {
+	c := &calls{owner: backend, limit: limit, slots: make(chan struct{}, callsMax), under: map[*call]struct{}{}}
 	c.idle = sync.NewCond(&c.mu)
 	return c
 }
@@ -72,8 +73,17 @@ func (c *call) later(f func()) { c.after = append(c.after, f) }
 // latter case the call is abandoned: it goes on by itself, and what its function noted for that case is undone when it
 // ends. The function must use nothing that the caller goes on using.
 //
-// While a call that was abandoned has been running for longer than slow, do answers Unavailable at once.
+// While a call that was abandoned has been running for longer than slow, do answers Unavailable at once. It waits for
+// the limit at most, also where the context has no end: not everything in the libraries ends by their own time limits (the
+// registration of a watcher does not).
 func do[T any](ctx context.Context, all *calls, f func(*call) (T, error)) (T, error) {
+	ctx, cancel := context.WithTimeout(ctx, all.limit)
+	defer cancel()
+	return doLong(ctx, all, f)
+}
+
+// doLong is do without a limit: for what takes as long as the data are many.
+func doLong[T any](ctx context.Context, all *calls, f func(*call) (T, error)) (T, error) {
 	if err := all.admit(ctx); err != nil {
 		var none T
 		return none, err

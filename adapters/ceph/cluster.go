@@ -25,6 +25,9 @@ type settings struct {
 	timeout                                time.Duration
 }
 
+// requestsPerCall is how many requests, one after the other, a call may make that each take the whole time-out.
+const requestsPerCall = 4
+
 const defaultConf = "/etc/ceph/ceph.conf"
 
 // cluster is a backend's way to its Ceph. It connects at the first call, and anew after Ceph has shut a client out.
@@ -46,7 +49,7 @@ type connection struct {
 }
 
 func newCluster(s settings) *cluster {
-	return &cluster{settings: s, calls: newCalls(s.backend), connecting: make(chan struct{}, 1)}
+	return &cluster{settings: s, calls: newCalls(s.backend, requestsPerCall*s.timeout), connecting: make(chan struct{}, 1)}
 }
 
 // connection gives the call a connection until the call has ended.
@@ -129,13 +132,16 @@ func (c *cluster) configure() (*rados.Conn, error) {
 			return nil, fault.Errorf(fault.Invalid, "reading %s: %w", conf, err)
 		}
 	}
-	seconds := strconv.Itoa(int((c.timeout + time.Second - 1) / time.Second))
+	seconds := func(d time.Duration) string { return strconv.FormatFloat(d.Seconds(), 'f', 3, 64) }
+	limit := strconv.Itoa(int((c.timeout + time.Second - 1) / time.Second))
 	for _, o := range [][2]string{
 		// Without these a call waits for ever when nobody answers.
-		{"rados_osd_op_timeout", seconds}, {"rados_mon_op_timeout", seconds}, {"client_mount_timeout", seconds},
+		{"rados_osd_op_timeout", limit}, {"rados_mon_op_timeout", limit}, {"client_mount_timeout", limit},
+		// A client asks where an OSD is now when a request is older than this, 10 s by default. If requests fail before
+		// that, it never asks, and goes on calling an OSD that was restarted elsewhere (Objecter::tick in src/osdc).
+		{"objecter_timeout", seconds(min(c.timeout/3, 10*time.Second))}, {"objecter_tick_interval", seconds(min(c.timeout/6, 5*time.Second))},
 		{"rbd_cache", "false"},                  // every byte is read once
 		{"rbd_concurrent_management_ops", "64"}, // objects asked about at once in one DiffIterate
-		{"rbd_default_clone_format", "auto"},    //
 		{"log_to_stderr", "false"}, {"mon_host", c.monitors}, {"keyring", c.keyring},
 	} {
 		if o[1] == "" {

@@ -72,6 +72,7 @@ type history struct {
 	r       *rand.Rand
 	v       *volume
 	moments []moment
+	taken   int
 	log     bytes.Buffer
 }
 
@@ -107,7 +108,8 @@ func (h *history) live() {
 	for range h.r.IntN(7) {
 		h.change()
 	}
-	wanted := fmt.Sprintf("m-%d", len(h.moments))
+	h.taken++
+	wanted := fmt.Sprintf("m-%d", h.taken)
 	s, err := h.a.CreateSnapshot(h.t.Context(), h.v.ID(), wanted)
 	must(h.t, err)
 	must(h.t, h.a.Publish(h.t.Context(), s.ID, adapters.Notes{Cut: wanted}))

@@ -376,7 +376,7 @@ func (t *target) Abort(ctx context.Context) error {
 		return nil
 	}
 	began := time.Now()
-	_, err := do(ctx, t.adapter.cluster.calls, func(one *call) (none, error) {
+	_, err := doLong(ctx, t.adapter.cluster.calls, func(one *call) (none, error) {
 		n, err := t.adapter.cluster.connection(one)
 		if err != nil {
 			return none{}, err
