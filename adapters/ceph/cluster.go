@@ -142,7 +142,7 @@ func (c *cluster) configure() (*rados.Conn, error) {
 		{"objecter_timeout", seconds(min(c.timeout/3, 10*time.Second))}, {"objecter_tick_interval", seconds(min(c.timeout/6, 5*time.Second))},
 		{"rbd_cache", "false"},                  // every byte is read once
 		{"rbd_concurrent_management_ops", "64"}, // objects asked about at once in one DiffIterate
-		{"log_to_stderr", "false"}, {"mon_host", c.monitors}, {"keyring", c.keyring},
+		{"log_to_stderr", "false"}, {"err_to_stderr", "false"}, {"mon_host", c.monitors}, {"keyring", c.keyring},
 	} {
 		if o[1] == "" {
 			continue

@@ -41,7 +41,7 @@ func (a *Adapter) Snapshots(ctx context.Context, f adapters.Filter) iter.Seq2[ad
 		}
 		for _, p := range places {
 			for last, more := "", true; more; {
-				page, err := listing(ctx, a, func(one *call) (page, error) { return a.page(one, p, last, f) })
+				page, err := listing(ctx, a, func(one *call) (page, error) { return a.pageOf(one, p, last, f) })
 				if err != nil {
 					yield(adapters.Snapshot{}, err)
 					return
@@ -151,8 +151,8 @@ type page struct {
 }
 
 const (
-	pageImages = 256
-	pageAtOnce = 8 // images that are looked at in parallel
+	pageImages = 256 // as many as are asked for at once
+	pageAtOnce = 8   // images that are looked at in parallel
 )
 
 // The directory of a place's images is the omap of an object: a key for each name with the image's internal id, and
@@ -165,8 +165,8 @@ const (
 	metadataKey     = "metadata_"
 )
 
-// page looks at the next images of a place.
-func (a *Adapter) page(one *call, p place, last string, f adapters.Filter) (page, error) {
+// pageOf looks at the next images of a place.
+func (a *Adapter) pageOf(one *call, p place, last string, f adapters.Filter) (page, error) {
 	n, err := a.cluster.connection(one)
 	if err != nil {
 		return page{}, err
@@ -176,14 +176,14 @@ func (a *Adapter) page(one *call, p place, last string, f adapters.Filter) (page
 		return page{}, ignore(err)
 	}
 	defer io.Destroy()
-	names, err := io.GetOmapValues(directoryObject, last, directoryKey, pageImages)
+	names, err := io.GetOmapValues(directoryObject, last, directoryKey, a.page)
 	if err != nil {
 		if isAbsent(err) || isForbidden(err) && a.pool == "" {
 			err = nil // no images here, or none that this user may see
 		}
 		return page{}, err
 	}
-	out := page{last: last, more: len(names) == pageImages}
+	out := page{last: last, more: int64(len(names)) == a.page}
 	var mu sync.Mutex
 	var group sync.WaitGroup
 	turns := make(chan struct{}, pageAtOnce)

@@ -36,6 +36,7 @@ type Adapter struct {
 	exact   bool   // never trusts an object map
 	cluster *cluster
 	pace    pace
+	page    int64 // images that a listing asks for at once
 	// keepTwoLevel makes tests trust object maps over a shrink too.
 	keepTwoLevel bool
 }
@@ -67,7 +68,7 @@ func openRBD(_ context.Context, c adapters.Config) (adapters.Adapter, error) {
 	case strings.ContainsAny(pool, "/@"):
 		return nil, fault.Errorf(fault.Invalid, "backend %s: pool: %q is not a pool's name", c.Name, pool)
 	}
-	return &Adapter{backend: c.Name, pool: pool, exact: diff == "exact", cluster: newCluster(s)}, nil
+	return &Adapter{backend: c.Name, pool: pool, exact: diff == "exact", cluster: newCluster(s), page: pageImages}, nil
 }
 
 // Capabilities describes the adapter.

@@ -157,7 +157,7 @@ func (a *Adapter) Publish(ctx context.Context, id adapters.SnapshotID, notes ada
 			}
 			return none{}, err
 		}
-		return none{}, m.sweep(one)
+		return none{}, m.sweep(one, time.Now().Add(-draftAge))
 	})
 	return err
 }
@@ -216,7 +216,7 @@ func (a *Adapter) DeleteSnapshot(ctx context.Context, id adapters.SnapshotID) er
 			}
 			return none{}, err
 		}
-		return none{}, m.sweep(one)
+		return none{}, m.sweep(one, time.Now().Add(-draftAge))
 	})
 	return err
 }
@@ -224,8 +224,8 @@ func (a *Adapter) DeleteSnapshot(ctx context.Context, id adapters.SnapshotID) er
 // draftAge is how old a snapshot being made must be to be nobody's work any more: far beyond any call's deadline.
 const draftAge = 10 * time.Minute
 
-// sweep removes what dead processes left in an image: snapshots that never got their name.
-func (m *image) sweep(one *call) error {
+// sweep removes what dead processes left in an image: snapshots from before a time that never got their name.
+func (m *image) sweep(one *call, before time.Time) error {
 	all, err := m.numbers()
 	if err != nil {
 		return err
@@ -238,7 +238,7 @@ func (m *image) sweep(one *call) error {
 			return err
 		}
 		at, err := m.rbd.GetSnapTimestamp(s.Id)
-		if err == nil && time.Since(time.Unix(at.Sec, at.Nsec)) > draftAge {
+		if err == nil && time.Unix(at.Sec, at.Nsec).Before(before) {
 			err = m.remove(snapshotNumber(s.Id))
 		}
 		if ignore(err) != nil {

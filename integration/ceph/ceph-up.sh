@@ -82,6 +82,7 @@ osd pool default min size = 1
 osd pool default pg num = 8
 osd pool default pg autoscale mode = off
 osd crush chooseleaf type = 0
+osd pool default read lease ratio = .1   # default .8: an osd that was killed and started again answers only after 16 s
 mon allow pool size one = true
 mon allow pool delete = true
 mon warn on pool no redundancy = false
@@ -201,8 +202,13 @@ start)
     [ "$RGW" != 1 ] || wait_for 60 "rgw listening" rgwup
     wait_for 90 "HEALTH_OK" healthy || { ceph health detail; exit 1; }
     ;;
-osd)
-    if ! alive osd.0 >/dev/null; then rm -f "$DIR/run/osd.0.pid"; ceph-osd -c "$CEPH_CONF" -i 0; fi
+osd) # on other ports: who still calls the dead one's would be answered by a stranger, and call again at once, without end
+    if ! alive osd.0 >/dev/null; then
+        rm -f "$DIR/run/osd.0.pid"
+        n=$(($(cat "$DIR/starts" 2>/dev/null || echo 0) + 1)); echo "$n" >"$DIR/starts"
+        min=$((PORT + 10 + n % 2 * 14))
+        ceph-osd -c "$CEPH_CONF" -i 0 --ms-bind-port-min "$min" --ms-bind-port-max $((min + 13))
+    fi
     say "osd started"
     ;;
 stop) stop ;;

@@ -117,7 +117,7 @@ func (c *Cluster) KillOSD() error { return c.signalOSD(syscall.SIGKILL) }
 // StartOSD starts the OSD anew after KillOSD.
 func (c *Cluster) StartOSD(ctx context.Context) error { return c.run(ctx, "osd") }
 
-// signalOSD sends a signal to the OSD. A kill is waited for.
+// signalOSD sends a signal to the OSD. A stop and a kill are waited for: each thread has to come to them.
 func (c *Cluster) signalOSD(s syscall.Signal) error {
 	text, err := os.ReadFile(filepath.Join(c.dir, "run", "osd.0.pid"))
 	if err != nil {
@@ -136,11 +136,40 @@ func (c *Cluster) signalOSD(s syscall.Signal) error {
 	if line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); err != nil || !strings.Contains(string(line), c.Conf) {
 		return fmt.Errorf("process %d is not the OSD of %s", pid, c.dir)
 	}
-	if err := unix.PidfdSendSignal(fd, s, nil, 0); err != nil || s != syscall.SIGKILL {
+	if err := unix.PidfdSendSignal(fd, s, nil, 0); err != nil {
 		return err
+	}
+	switch s {
+	case syscall.SIGSTOP:
+		return stopped(pid)
+	case syscall.SIGCONT:
+		return nil
 	}
 	_, err = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(10*time.Second/time.Millisecond))
 	return err
+}
+
+// stopped waits until all threads of a process are.
+func stopped(pid int) error {
+	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
+		if err != nil {
+			return err
+		}
+		still := len(threads) > 0
+		for _, t := range threads {
+			text, err := os.ReadFile(t)
+			if err != nil {
+				continue // ended
+			}
+			_, rest, _ := strings.Cut(string(text), ") ")
+			still = still && strings.HasPrefix(rest, "T")
+		}
+		if still {
+			return nil
+		}
+	}
+	return fmt.Errorf("process %d does not stop", pid)
 }
 
 // User makes a cephx user with the capabilities that Ceph's profile for RBD gives, and returns its key.
