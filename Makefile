@@ -76,8 +76,8 @@ versitygw:
 	@go -C integration/versitygw tool -n versitygw >/dev/null
 
 bench: build
-	@./packages.sh $(FILESYSTEMS) $(PEERS) $(THIN)
-	go run ./bench
+	@./packages.sh $(FILESYSTEMS) $(PEERS) $(THIN) $(CEPH) $(CEPH_BUILD)
+	go run -tags $(CEPH_TAGS) ./bench
 
 clean:
 	rm -rf bin

@@ -139,7 +139,7 @@ func (c *cluster) configure() (*rados.Conn, error) {
 		{"rados_osd_op_timeout", limit}, {"rados_mon_op_timeout", limit}, {"client_mount_timeout", limit},
 		// A client asks where an OSD is now when a request is older than this, 10 s by default. If requests fail before
 		// that, it never asks, and goes on calling an OSD that was restarted elsewhere (Objecter::tick in src/osdc).
-		{"objecter_timeout", seconds(min(c.timeout/3, 10*time.Second))}, {"objecter_tick_interval", seconds(min(c.timeout/6, 5*time.Second))},
+		{"objecter_timeout", seconds(min(c.timeout/4, 5*time.Second))}, {"objecter_tick_interval", seconds(min(c.timeout/8, 2500*time.Millisecond))},
 		{"rbd_cache", "false"},                  // every byte is read once
 		{"rbd_concurrent_management_ops", "64"}, // objects asked about at once in one DiffIterate
 		{"log_to_stderr", "false"}, {"err_to_stderr", "false"}, {"mon_host", c.monitors}, {"keyring", c.keyring},

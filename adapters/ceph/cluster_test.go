@@ -83,7 +83,7 @@ func connectAdmin() (*rados.Conn, error) {
 	if err := conn.ReadConfigFile(running.Conf); err != nil {
 		return nil, err
 	}
-	for _, o := range [][2]string{{"rbd_cache", "false"}, {"rados_osd_op_timeout", "60"}, {"rados_mon_op_timeout", "60"}} {
+	for _, o := range [][2]string{{"rbd_cache", "false"}, {"rados_osd_op_timeout", "60"}, {"rados_mon_op_timeout", "60"}, {"objecter_timeout", "1"}, {"objecter_tick_interval", "0.5"}} {
 		if err := conn.SetConfigOption(o[0], o[1]); err != nil {
 			return nil, err
 		}

@@ -291,15 +291,19 @@ func TestOutageInRestore(t *testing.T) {
 		// What the outage interrupted is not certain; what is written now is. The exclusive lock may be lost, and with it
 		// the target: the next Begin then finds what was written.
 		eventually(t, func() error {
+			if target == nil {
+				if target, err = a.Begin(t.Context(), spec); err != nil {
+					target = nil
+					return err
+				}
+			}
 			err := target.WriteAt(t.Context(), want[1<<20:], 1<<20)
 			if err == nil {
 				_, err = target.Commit(t.Context())
 			}
 			if err != nil {
 				must(t, target.Close())
-				if again, e := a.Begin(t.Context(), spec); e == nil {
-					target = again
-				}
+				target = nil
 			}
 			return err
 		})

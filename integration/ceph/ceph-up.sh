@@ -120,6 +120,7 @@ bluestore block size = $(numfmt --from=iec "$OSD_SIZE")
 bluestore block db create = false
 bluestore block wal create = false
 bdev aio poll ms = 20   # default 250: every open and close of the device waits that long, 14 times in a first start
+osd client watch timeout = 5   # default 30: so long a client that died is taken for alive
 bluestore fsck on mount = false
 bluestore fsck quick fix on mount = false
 memstore device bytes = $(numfmt --from=iec "$OSD_SIZE")
