@@ -192,6 +192,7 @@ again() {
 }
 
 healthy() { timeout 20 ceph health 2>/dev/null | grep -q HEALTH_OK; }
+osdactive() { timeout 20 ceph --admin-daemon "$DIR"/run/osd.0.*.asok status | grep -q '"state": "active"'; }
 mdsup() { timeout 20 ceph mds stat 2>/dev/null | grep -q 'up:active'; }
 rgwup() { (exec 3<>"/dev/tcp/127.0.0.1/$RGW_PORT") 2>/dev/null; }
 
@@ -205,12 +206,12 @@ start)
     ;;
 osd) # on other ports: who still calls the dead one's would be answered by a stranger, and call again at once, without end
     if ! alive osd.0 >/dev/null; then
-        rm -f "$DIR/run/osd.0.pid"
+        rm -f "$DIR"/run/osd.0.*
         n=$(($(cat "$DIR/starts" 2>/dev/null || echo 0) + 1)); echo "$n" >"$DIR/starts"
-        min=$((PORT + 10 + n % 2 * 14))
-        ceph-osd -c "$CEPH_CONF" -i 0 --ms-bind-port-min "$min" --ms-bind-port-max $((min + 13))
+        min=$((PORT + 12 + n % 3 * 9))
+        ceph-osd -c "$CEPH_CONF" -i 0 --ms-bind-port-min "$min" --ms-bind-port-max $((min + 8))
     fi
-    say "osd started"
+    wait_for 60 "osd active" osdactive || { tail -n 20 "$DIR/log/osd.0.log"; exit 1; }
     ;;
 stop) stop ;;
 purge) signal KILL client.rgw.a mds.a osd.0 mgr.x mon.a; say killed; rm -rf -- "$DIR" ;;
