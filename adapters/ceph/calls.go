@@ -4,6 +4,7 @@ package ceph
 
 import (
 	"context"
+	"errors"
 	"sync"
 	"time"
 
@@ -77,9 +78,14 @@ func (c *call) later(f func()) { c.after = append(c.after, f) }
 // the limit at most, also where the context has no end: not everything in the libraries ends by their own time limits (the
 // registration of a watcher does not).
 func do[T any](ctx context.Context, all *calls, f func(*call) (T, error)) (T, error) {
-	ctx, cancel := context.WithTimeout(ctx, all.limit)
+	limited, cancel := all.limited(ctx)
 	defer cancel()
-	return doLong(ctx, all, f)
+	return doLong(limited, all, f)
+}
+
+// limited ends a context after the limit of a call, and says then whose time is up.
+func (c *calls) limited(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeoutCause(ctx, c.limit, fault.Errorf(fault.Unavailable, "Ceph did not answer within %v: see `ceph -s`", c.limit))
 }
 
 // doLong is do without a limit: for what takes as long as the data are many.
@@ -106,8 +112,16 @@ func (c *calls) admit(ctx context.Context) error {
 	case c.slots <- struct{}{}:
 		return nil
 	case <-ctx.Done():
-		return ctx.Err()
+		return ended(ctx)
 	}
+}
+
+// ended is why a context ended: its own error, or that of our limit.
+func ended(ctx context.Context) error {
+	if cause := context.Cause(ctx); errors.Is(cause, fault.Unavailable) {
+		return cause
+	}
+	return ctx.Err()
 }
 
 func (c *calls) leave() { <-c.slots }
@@ -139,7 +153,7 @@ func run[T any](ctx context.Context, all *calls, f func(*call) (T, error)) (T, e
 		return a.value, a.err
 	case <-ctx.Done():
 		if all.settle(c, callAbandoned) {
-			return none, ctx.Err()
+			return none, ended(ctx)
 		}
 		a := <-done // it was quicker after all
 		return a.value, a.err
@@ -209,4 +223,38 @@ func (c *calls) wait(most time.Duration) int {
 		c.idle.Wait()
 	}
 	return len(c.under)
+}
+
+// turns let the changes of an image be made one after the other. Ceph would have them take the image's exclusive lock from
+// each other, which takes longer than the changes.
+type turns struct {
+	mu    sync.Mutex
+	taken map[imageName]chan struct{}
+}
+
+// take waits for an image's turn, which the call gives back when it has ended.
+func (t *turns) take(one *call, n imageName) error {
+	for {
+		t.mu.Lock()
+		other, taken := t.taken[n]
+		if !taken {
+			mine := make(chan struct{})
+			t.taken[n] = mine
+			one.later(func() {
+				t.mu.Lock()
+				defer t.mu.Unlock()
+				delete(t.taken, n)
+				close(mine)
+			})
+		}
+		t.mu.Unlock()
+		if !taken {
+			return nil
+		}
+		select {
+		case <-other:
+		case <-one.ctx.Done():
+			return one.ctx.Err()
+		}
+	}
 }

@@ -227,41 +227,37 @@ func (v *volume) Zero(off, length int64) error {
 func (v *volume) Resize(size int64) error { return v.rbd.Resize(uint64(size)) }
 
 func TestConformance(t *testing.T) {
-	for name, more := range map[string]map[string]string{"auto": nil, "exact": {"diff": "exact", "pool": "rbd"}} {
-		t.Run(name, func(t *testing.T) {
-			adaptertest.Run(t, adaptertest.Harness{
-				Backend: "r",
-				Open:    func(t testing.TB) adapters.Adapter { return open(t, more) },
-				Create: func(t testing.TB, size int64) adaptertest.Volume {
-					return lazy(t, makeImage(t, freeName("rbd", ""), size, nil))
-				},
-				Absent: func(t testing.TB) adapters.VolumeID {
-					n := freeName("rbd", "")
-					cleanUp(t, ioctx(t, n), n)
-					return n.id("r")
-				},
-				Twin: func(t testing.TB, v adaptertest.Volume, size int64) adaptertest.Volume {
-					n, err := parseImageName(v.ID().ID, "")
-					must(t, err)
-					n.namespace = "twin"
-					return lazy(t, makeImage(t, n, size, nil))
-				},
-				Foreign: func(t testing.TB, v adaptertest.Volume, name string) {
-					w := v.(*lazyVolume)
-					w.use()
-					_, err := w.rbd.CreateSnapshot(name)
-					must(t, err)
-				},
-				Use: func(t testing.TB, v adaptertest.Volume) func() {
-					w := v.(*lazyVolume)
-					w.use()
-					return w.close
-				},
-				Wrong: []string{"", "rbd/", "/x", "a//b", "a/b/c/d", "rbd/x@y", "rbd/a\x00b", "rbd/" + targetPrefix + "x"},
-				Step:  512,
-			})
-		})
-	}
+	t.Parallel()
+	adaptertest.Run(t, adaptertest.Harness{
+		Backend: "r",
+		Open:    func(t testing.TB) adapters.Adapter { return open(t, nil) },
+		Create: func(t testing.TB, size int64) adaptertest.Volume {
+			return lazy(t, makeImage(t, freeName("rbd", ""), size, nil))
+		},
+		Absent: func(t testing.TB) adapters.VolumeID {
+			n := freeName("rbd", "")
+			cleanUp(t, ioctx(t, n), n)
+			return n.id("r")
+		},
+		Twin: func(t testing.TB, v adaptertest.Volume, size int64) adaptertest.Volume {
+			n := imageOf(t, v.ID())
+			n.namespace = "twin"
+			return lazy(t, makeImage(t, n, size, nil))
+		},
+		Foreign: func(t testing.TB, v adaptertest.Volume, name string) {
+			w := v.(*lazyVolume)
+			w.use()
+			_, err := w.rbd.CreateSnapshot(name)
+			must(t, err)
+		},
+		Use: func(t testing.TB, v adaptertest.Volume) func() {
+			w := v.(*lazyVolume)
+			w.use()
+			return w.close
+		},
+		Wrong: []string{"", "rbd/", "/x", "a//b", "a/b/c/d", "rbd/x@y", "rbd/a\x00b", "rbd/" + targetPrefix + "x"},
+		Step:  512,
+	})
 }
 
 // lazyVolume closes its image after every use, so that a restore finds it unused.

@@ -17,7 +17,7 @@ import (
 )
 
 // fuzzTime is how long TestDeltaFuzz runs for; STILLPOINT_RBD_FUZZ, such as 1h, is another time.
-const fuzzTime = 20 * time.Second
+const fuzzTime = 15 * time.Second
 
 // TestDeltaFuzz lets images live through random histories: writes, discards, shrinking and growing, clones, flattening,
 // snapshots of strangers and of groups, deletions in any order. After each, for every pair of snapshots, in both
@@ -25,6 +25,7 @@ const fuzzTime = 20 * time.Second
 // tell it. The adapter answers in three ways: as it does, asking every object, and believing object maps also where the
 // sizes tell of a shrink, which it never does otherwise: what changes.changed says about shrinks is proved by that.
 func TestDeltaFuzz(t *testing.T) {
+	t.Parallel()
 	length := fuzzTime
 	if text := os.Getenv("STILLPOINT_RBD_FUZZ"); text != "" {
 		var err error

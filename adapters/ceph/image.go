@@ -94,7 +94,7 @@ func (m *image) release() {
 // using makes a call on an open image.
 func using[T any](ctx context.Context, m *image, f func(*call) (T, error)) (T, error) {
 	all := m.connection.cluster.calls
-	ctx, cancel := context.WithTimeout(ctx, all.limit)
+	ctx, cancel := all.limited(ctx)
 	defer cancel()
 	if err := all.admit(ctx); err != nil {
 		var none T

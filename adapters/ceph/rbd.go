@@ -35,6 +35,7 @@ type Adapter struct {
 	pool    string // the backend is limited to it; empty: it is not
 	exact   bool   // never trusts an object map
 	cluster *cluster
+	turns   turns
 	pace    pace
 	page    int64 // images that a listing asks for at once
 	// keepTwoLevel makes tests trust object maps over a shrink too.
@@ -68,7 +69,7 @@ func openRBD(_ context.Context, c adapters.Config) (adapters.Adapter, error) {
 	case strings.ContainsAny(pool, "/@"):
 		return nil, fault.Errorf(fault.Invalid, "backend %s: pool: %q is not a pool's name", c.Name, pool)
 	}
-	return &Adapter{backend: c.Name, pool: pool, exact: diff == "exact", cluster: newCluster(s), page: pageImages}, nil
+	return &Adapter{backend: c.Name, pool: pool, exact: diff == "exact", cluster: newCluster(s), page: pageImages, turns: turns{taken: map[imageName]chan struct{}{}}}, nil
 }
 
 // Capabilities describes the adapter.

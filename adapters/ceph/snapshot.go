@@ -24,11 +24,10 @@ func (a *Adapter) CreateSnapshot(ctx context.Context, id adapters.VolumeID, want
 	}
 	began := time.Now()
 	s, err := callOn(ctx, a, id, "", func(one *call, name imageName) (adapters.Snapshot, error) {
-		m, err := a.cluster.open(one, name, forChange)
+		m, err := a.change(one, name)
 		if err != nil {
 			return adapters.Snapshot{}, err
 		}
-		one.later(m.release)
 		for {
 			f, err := m.find(adapters.Name(wanted))
 			if err == nil && f == nil {
@@ -136,14 +135,18 @@ func (m *image) remove(n snapshotNumber) error {
 // Publish writes the mark and the notes. RADOS has made both durable when it answers.
 func (a *Adapter) Publish(ctx context.Context, id adapters.SnapshotID, notes adapters.Notes) error {
 	_, err := callOn(ctx, a, id.Volume, "publishing the snapshot "+id.String(), func(one *call, name imageName) (none, error) {
-		m, f, err := a.lookup(one, name, id, forChange)
+		if err := checkName(id); err != nil {
+			return none{}, err
+		}
+		m, err := a.change(one, name)
 		if err != nil {
 			return none{}, err
 		}
-		if f == nil || !f.mine {
-			return none{}, notFound()
+		f, err := m.find(id.Name)
+		if err == nil && (f == nil || !f.mine) {
+			err = notFound()
 		}
-		if err := one.wanted(); err != nil {
+		if err != nil {
 			return none{}, err
 		}
 		f.record.Mark, f.record.Notes = adapters.Verified, notes
@@ -162,24 +165,43 @@ func (a *Adapter) Publish(ctx context.Context, id adapters.SnapshotID, notes ada
 	return err
 }
 
-// lookup opens an image until the call ends and finds a snapshot of it; nil if there is none of that name.
-func (a *Adapter) lookup(one *call, name imageName, id adapters.SnapshotID, for_ access) (*image, *found, error) {
-	if err := checkName(id); err != nil {
-		return nil, nil, err
+// change opens an image for a change until the call ends. Changes of one image come one after the other.
+func (a *Adapter) change(one *call, name imageName) (*image, error) {
+	var m *image
+	// Noted before the turn is taken, and so done before it is given back.
+	one.later(func() {
+		if m != nil {
+			m.release()
+		}
+	})
+	if err := a.turns.take(one, name); err != nil {
+		return nil, err
 	}
-	m, err := a.cluster.open(one, name, for_)
+	opened, err := a.cluster.open(one, name, forChange)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
+	}
+	m = opened
+	return m, one.wanted()
+}
+
+// lookup finds a snapshot; nil if there is none of that name.
+func (a *Adapter) lookup(one *call, name imageName, id adapters.SnapshotID) (*found, error) {
+	if err := checkName(id); err != nil {
+		return nil, err
+	}
+	m, err := a.cluster.open(one, name, forReading)
+	if err != nil {
+		return nil, err
 	}
 	one.later(m.release)
-	f, err := m.find(id.Name)
-	return m, f, err
+	return m.find(id.Name)
 }
 
 // Snapshot looks a snapshot up.
 func (a *Adapter) Snapshot(ctx context.Context, id adapters.SnapshotID) (adapters.Snapshot, error) {
 	return callOn(ctx, a, id.Volume, "snapshot "+id.String(), func(one *call, name imageName) (adapters.Snapshot, error) {
-		_, f, err := a.lookup(one, name, id, forReading)
+		f, err := a.lookup(one, name, id)
 		if err == nil && (f == nil || !f.mine) {
 			err = notFound()
 		}
@@ -193,7 +215,7 @@ func (a *Adapter) Snapshot(ctx context.Context, id adapters.SnapshotID) (adapter
 // DeleteSnapshot removes a snapshot. One with clones goes to Ceph's trash, or is Busy where its clones keep it.
 func (a *Adapter) DeleteSnapshot(ctx context.Context, id adapters.SnapshotID) error {
 	_, err := callOn(ctx, a, id.Volume, "deleting the snapshot "+id.String(), func(one *call, name imageName) (none, error) {
-		_, f, err := a.lookup(one, name, id, forReading)
+		f, err := a.lookup(one, name, id)
 		switch {
 		case isAbsent(err):
 			return none{}, nil
@@ -202,13 +224,9 @@ func (a *Adapter) DeleteSnapshot(ctx context.Context, id adapters.SnapshotID) er
 		case !f.mine:
 			return none{}, fault.Errorf(fault.Invalid, "it is not ours and stays")
 		}
-		m, err := a.cluster.open(one, name, forChange)
+		m, err := a.change(one, name)
 		if err != nil {
 			return none{}, ignore(err)
-		}
-		one.later(m.release)
-		if err := one.wanted(); err != nil {
-			return none{}, err
 		}
 		if err := m.remove(f.number); err != nil {
 			if errnoOf(err) == syscall.EBUSY {

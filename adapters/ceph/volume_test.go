@@ -22,6 +22,7 @@ import (
 
 // TestKeys opens backends by every way to name a cluster and a key, and by wrong ones.
 func TestKeys(t *testing.T) {
+	t.Parallel()
 	v := makeImage(t, freeName("rbd", ""), 4<<20, nil)
 	text, err := os.ReadFile(keyring)
 	must(t, err)
@@ -90,6 +91,7 @@ func TestSettings(t *testing.T) {
 
 // TestTypedIDs: what names a volume besides its canonical id.
 func TestTypedIDs(t *testing.T) {
+	t.Parallel()
 	a, limited := open(t, nil), open(t, map[string]string{"pool": "rbd"})
 	n := imageName{"rbd", "", csiImagePrefix + imageUUID}
 	v := makeImage(t, n, 4<<20, nil)
@@ -126,6 +128,7 @@ func TestTypedIDs(t *testing.T) {
 
 // TestSnapshotUnderUse: the image is written by a client that holds its lock.
 func TestSnapshotUnderUse(t *testing.T) {
+	t.Parallel()
 	a := open(t, nil)
 	v := makeImage(t, freeName("rbd", ""), 8<<20, nil)
 	stop, done := make(chan struct{}), make(chan error)
@@ -158,6 +161,7 @@ func TestSnapshotUnderUse(t *testing.T) {
 
 // TestClones: snapshots that have clones, of the new and of the old kind, and clones that have records of their parent.
 func TestClones(t *testing.T) {
+	t.Parallel()
 	a := open(t, nil)
 	v := makeImage(t, freeName("rbd", ""), 4<<20, nil)
 	want := randomBytes(4 << 20)
@@ -224,6 +228,7 @@ func readAll(t *testing.T, a *Adapter, id adapters.SnapshotID) []byte {
 
 // TestListing lists images of several pools and namespaces, more than a page has, among unmarked ones.
 func TestListing(t *testing.T) {
+	t.Parallel()
 	a := open(t, nil)
 	a.page = 8
 	marked := map[adapters.SnapshotID]bool{}
@@ -268,6 +273,7 @@ func TestListing(t *testing.T) {
 
 // TestSweep: what dead processes left goes when it is old, and not before.
 func TestSweep(t *testing.T) {
+	t.Parallel()
 	a := open(t, nil)
 	v := makeImage(t, freeName("rbd", ""), 1<<20, nil)
 	draft := draftName("x")
@@ -303,6 +309,7 @@ func (a *Adapter) cutOff(ctx context.Context, n imageName, at time.Time) error {
 
 // TestOverwriteClone: zeros over a parent's data are zeros, and the snapshots before it stay.
 func TestOverwriteClone(t *testing.T) {
+	t.Parallel()
 	a := open(t, nil)
 	parent := makeImage(t, freeName("rbd", ""), 4<<20, nil)
 	old := bytes.Repeat([]byte{0xA5}, 4<<20)
@@ -346,6 +353,7 @@ func TestOverwriteClone(t *testing.T) {
 
 // TestRestoreWithoutLock restores over an image that has no exclusive lock, and into a namespace.
 func TestRestoreWithoutLock(t *testing.T) {
+	t.Parallel()
 	a := open(t, nil)
 	v := makeImage(t, freeName("rbd", "twin"), 1<<20, map[rbd.ImageOption]uint64{rbd.ImageOptionFeatures: rbd.FeatureLayering})
 	v.close()
@@ -377,7 +385,7 @@ func TestRestoreWithoutLock(t *testing.T) {
 	}
 }
 
-func imageOf(t *testing.T, id adapters.VolumeID) imageName {
+func imageOf(t testing.TB, id adapters.VolumeID) imageName {
 	n, err := parseImageName(id.ID, "")
 	must(t, err)
 	return n
@@ -385,6 +393,7 @@ func imageOf(t *testing.T, id adapters.VolumeID) imageName {
 
 // TestInvalidObjectMap: object maps that Ceph itself distrusts are not used.
 func TestInvalidObjectMap(t *testing.T) {
+	t.Parallel()
 	a := open(t, nil)
 	v := makeImage(t, freeName("rbd", ""), 4<<20, map[rbd.ImageOption]uint64{rbd.ImageOptionFeatures: rbd.FeatureLayering | rbd.FeatureExclusiveLock})
 	_, err := v.WriteAt(randomBytes(1<<20), 0)
@@ -411,6 +420,7 @@ func TestInvalidObjectMap(t *testing.T) {
 
 // TestTwoLevel: what is asked exactly is what object maps show, and the bytes are the changed ones.
 func TestTwoLevel(t *testing.T) {
+	t.Parallel()
 	a := open(t, nil)
 	v := makeImage(t, freeName("rbd", ""), 64<<20, nil)
 	_, err := v.WriteAt(randomBytes(64<<20), 0)
