@@ -208,8 +208,8 @@ osd) # on other ports: who still calls the dead one's would be answered by a str
     if ! alive osd.0 >/dev/null; then
         rm -f "$DIR"/run/osd.0.*
         n=$(($(cat "$DIR/starts" 2>/dev/null || echo 0) + 1)); echo "$n" >"$DIR/starts"
-        min=$((PORT + 12 + n % 3 * 9))
-        ceph-osd -c "$CEPH_CONF" -i 0 --ms-bind-port-min "$min" --ms-bind-port-max $((min + 8))
+        min=$((PORT + 12 + n % 2 * 10))
+        ceph-osd -c "$CEPH_CONF" -i 0 --ms-bind-port-min "$min" --ms-bind-port-max $((PORT + 39))
     fi
     wait_for 60 "osd active" osdactive || { tail -n 20 "$DIR/log/osd.0.log"; exit 1; }
     ;;

@@ -174,7 +174,7 @@ func stopped(pid int) error {
 
 // User makes a cephx user with the capabilities that Ceph's profile for RBD gives, and returns its key.
 func (c *Cluster) User(ctx context.Context, name string) (key string, err error) {
-	cmd := c.Command(ctx, "ceph", "auth", "get-or-create-key", "client."+name, "mon", "profile rbd", "osd", "profile rbd")
+	cmd := c.Command(ctx, "ceph", "auth", "get-or-create-key", "client."+name, "mon", "profile rbd", "osd", "profile rbd", "mgr", "profile rbd")
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
