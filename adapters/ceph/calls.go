@@ -28,6 +28,7 @@ type calls struct {
 	mu    sync.Mutex
 	under map[*call]struct{}
 	idle  *sync.Cond // under became empty
+	hung  bool       // a call that hung has ended since wasHung was asked
 }
 
 func newCalls(backend string, limit time.Duration) *calls {
@@ -170,6 +171,7 @@ func (c *calls) end(one *call) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	delete(c.under, one)
+	c.hung = c.hung || one.state == callAbandoned && time.Since(one.begun) > slow
 	if len(c.under) == 0 {
 		c.idle.Broadcast()
 	}
@@ -198,6 +200,15 @@ func (c *calls) abandoned() (all, hanging int) {
 		}
 	}
 	return all, hanging
+}
+
+// wasHung reports whether a call that hung has ended since it was last asked.
+func (c *calls) wasHung() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	hung := c.hung
+	c.hung = false
+	return hung
 }
 
 // healthy is nil if nothing hangs.

@@ -30,7 +30,7 @@ const requestsPerCall = 4
 
 const defaultConf = "/etc/ceph/ceph.conf"
 
-// cluster is a backend's way to its Ceph. It connects at the first call, and anew after Ceph has shut a client out.
+// cluster is a backend's way to its Ceph. It connects at the first call, and anew after one that timed out.
 type cluster struct {
 	settings
 	*calls
@@ -60,6 +60,9 @@ func (c *cluster) connection(one *call) (*connection, error) {
 		return nil, one.ctx.Err()
 	}
 	defer func() { <-c.connecting }()
+	if c.wasHung() {
+		c.renew()
+	}
 	if n, err := c.current(); n != nil || err != nil {
 		if n != nil {
 			one.later(n.release)
@@ -159,16 +162,17 @@ func (c *cluster) configure() (*rados.Conn, error) {
 	return r, nil
 }
 
-// drop makes the next call connect anew.
-func (c *cluster) drop(n *connection) {
+// renew makes the next call connect anew. Whoever uses the old connection goes on with it; it ends with the last.
+//
+// A client that something timed out for is not to be kept: librbd may have failed to take back a watch or an exclusive
+// lock, and as long as the client lives every other one believes that the image is in use.
+func (c *cluster) renew() {
 	c.mu.Lock()
-	current := c.now == n
-	if current {
-		c.now = nil
-	}
+	old := c.now
+	c.now = nil
 	c.mu.Unlock()
-	if current {
-		n.release()
+	if old != nil {
+		old.release()
 	}
 }
 

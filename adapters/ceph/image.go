@@ -85,7 +85,9 @@ func (m *image) release() {
 	last := m.users == 0
 	m.mu.Unlock()
 	if last {
-		m.rbd.Close() // an error of it leaves nothing that could be done
+		if m.rbd.Close() != nil { // it may have left a watch or a lock, which goes with the connection only
+			m.connection.cluster.renew()
+		}
 		m.pool.Destroy()
 		m.connection.release()
 	}

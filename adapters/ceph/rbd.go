@@ -182,15 +182,11 @@ func (a *Adapter) locate(one *call, h csiHandle) (imageName, error) {
 	return parseImageName(pool+"/"+csiImagePrefix+h.uuid, a.pool)
 }
 
-// failure gives an error of a call its kind. A connection that Ceph shut out is dropped.
+// failure gives an error of a call its kind. After a time-out, and after Ceph shut the client out, the next call connects
+// anew.
 func (c *cluster) failure(err error, began time.Time, format string, args ...any) error {
-	if errnoOf(err) == syscall.ESHUTDOWN {
-		c.mu.Lock()
-		now := c.now
-		c.mu.Unlock()
-		if now != nil {
-			c.drop(now)
-		}
+	if e := errnoOf(err); e == syscall.ESHUTDOWN || e == syscall.ETIMEDOUT {
+		c.renew()
 	}
 	if errnoOf(err) == 0 && fault.KindOf(err) == fault.Internal { // a context's end, with its own identity
 		return fmt.Errorf(format+": %w", append(args, err)...)
