@@ -82,7 +82,9 @@ osd pool default min size = 1
 osd pool default pg num = 8
 osd pool default pg autoscale mode = off
 osd crush chooseleaf type = 0
-osd pool default read lease ratio = .1   # default .8: an osd that was killed and started again answers only after 16 s
+# Default .8 of 20 s: so long an osd that was killed and started again does not answer. With .1, one that was stopped for
+# longer than that sometimes never answered again.
+osd pool default read lease ratio = .35
 mon allow pool size one = true
 mon allow pool delete = true
 mon warn on pool no redundancy = false
