@@ -4,6 +4,9 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"strings"
+
+	"stillpoint.io/stillpoint/fault"
 )
 
 // Config is what a backend is opened with. Parameters come from the configuration file or a VolumeSnapshotClass; the
@@ -36,6 +39,34 @@ type Kind struct {
 	Summary string // one line for `stillpoint adapters`
 	Keys    []Key  // the parameters it takes
 	Open    func(ctx context.Context, c Config) (Adapter, error)
+
+	// Drivers are the CSI drivers whose PersistentVolumes may be volumes of this adapter: their names, or *.NAME for every
+	// name that ends in .NAME. Resolve finds the volume behind one of those: its id as a person would type it, for the
+	// adapter's Volume to look up. It does no I/O; a PersistentVolume that cannot be one of the driver's is Invalid.
+	Drivers []string
+	Resolve func(pv PersistentVolume) (id string, err error)
+}
+
+// PersistentVolume is what a Kubernetes PersistentVolume says of a CSI volume: of its spec.csi.
+type PersistentVolume struct {
+	Driver     string
+	Handle     string            // volumeHandle
+	Attributes map[string]string // volumeAttributes
+}
+
+// VolumeOf is the id of the volume behind a PersistentVolume, from Resolve. A driver that is not among the adapter's is
+// Unsupported.
+func (k Kind) VolumeOf(pv PersistentVolume) (id string, err error) {
+	for _, d := range k.Drivers {
+		if suffix, any := strings.CutPrefix(d, "*"); d == pv.Driver || any && strings.HasSuffix(pv.Driver, suffix) {
+			return k.Resolve(pv)
+		}
+	}
+	known := "it knows volumes of no CSI driver"
+	if len(k.Drivers) > 0 {
+		known = "it knows those of " + strings.Join(k.Drivers, ", ")
+	}
+	return "", fault.Errorf(fault.Unsupported, "volume %q of the CSI driver %q is none of the adapter %s: %s", pv.Handle, pv.Driver, k.Name, known)
 }
 
 // Key documents one parameter of an adapter.

@@ -4,7 +4,7 @@
 // /var/tmp, and a machine that does nothing else.
 //
 //	go run ./bench                 everything
-//	go run ./bench -only freeze    one part: freeze, backup, stages, s3, sparse, delta, thin or tree
+//	go run ./bench -only freeze    one part: freeze, backup, stages, s3, sparse, delta, thin, rbd or tree
 package main
 
 import (
@@ -28,13 +28,21 @@ import (
 )
 
 func main() {
-	only := flag.String("only", "", "one part: freeze, backup, stages, s3, sparse, delta, thin or tree")
+	only := flag.String("only", "", "one part: freeze, backup, stages, s3, sparse, delta, thin, rbd or tree")
 	image := flag.String("thin-image", "", "only make the metadata of the part thin, into a `file`")
+	changes := flag.String("rbd-read", "", "only read what changed in an RBD image: `conf,image`")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	if *image != "" {
 		if err := makeThinImage(*image); err != nil {
+			fmt.Fprintln(os.Stderr, "bench:", err)
+			os.Exit(1)
+		}
+		return
+	}
+	if *changes != "" {
+		if err := rbdRead(ctx, *changes); err != nil {
 			fmt.Fprintln(os.Stderr, "bench:", err)
 			os.Exit(1)
 		}
@@ -70,7 +78,7 @@ func run(ctx context.Context, only string, out io.Writer) (err error) {
 	parts := []struct {
 		name string
 		run  func(*bench, context.Context) error
-	}{{"freeze", (*bench).freeze}, {"backup", (*bench).backup}, {"stages", (*bench).stages}, {"s3", (*bench).s3}, {"sparse", (*bench).sparse}, {"delta", (*bench).delta}, {"thin", (*bench).thin}, {"tree", (*bench).tree}}
+	}{{"freeze", (*bench).freeze}, {"backup", (*bench).backup}, {"stages", (*bench).stages}, {"s3", (*bench).s3}, {"sparse", (*bench).sparse}, {"delta", (*bench).delta}, {"thin", (*bench).thin}, {"rbd", (*bench).rbd}, {"tree", (*bench).tree}}
 	known := only == ""
 	for _, p := range parts {
 		known = known || p.name == only

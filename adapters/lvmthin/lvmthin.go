@@ -59,7 +59,9 @@ func Kind() adapters.Kind {
 			{Name: "lock-wait", Usage: "how long to wait for a volume group that another program has locked; default 30s"},
 			{Name: "state", Usage: "folder of locks and records, on tmpfs and seen by all that use the backend on this node; default /run/stillpoint/lvm-thin"},
 		},
-		Open: open,
+		Open:    open,
+		Drivers: []string{topoLVM, topoLVMOld, openEBSLVM, csiDriverLVM},
+		Resolve: resolve,
 	}
 }
 

@@ -18,20 +18,20 @@ import (
 
 func TestResolve(t *testing.T) {
 	for _, c := range []struct {
-		pv   PersistentVolume
+		pv   adapters.PersistentVolume
 		id   string
 		kind fault.Kind
 	}{
-		{PersistentVolume{Driver: TopoLVM, Handle: "0b3ad2dc-2c15-4c1b-9a9c-7f2d3c1ad6f4"}, "*/0b3ad2dc-2c15-4c1b-9a9c-7f2d3c1ad6f4", 0},
-		{PersistentVolume{Driver: TopoLVMOld, Handle: "0b3a"}, "*/0b3a", 0},
-		{PersistentVolume{Driver: CSIDriverLVM, Handle: "pvc-1", Attributes: map[string]string{"type": "linear"}}, "*/pvc-1", 0},
-		{PersistentVolume{Driver: OpenEBSLVM, Handle: "pvc-2", Attributes: map[string]string{"openebs.io/volgroup": "lvmvg", "openebs.io/cas-type": "localpv-lvm"}}, "lvmvg/pvc-2", 0},
-		{PersistentVolume{Driver: OpenEBSLVM, Handle: "pvc-2"}, "", fault.Invalid},
-		{PersistentVolume{Driver: OpenEBSLVM, Handle: "pvc-2", Attributes: map[string]string{"openebs.io/volgroup": "a/b"}}, "", fault.Invalid},
-		{PersistentVolume{Driver: TopoLVM, Handle: "../etc"}, "", fault.Invalid},
-		{PersistentVolume{Driver: "ebs.csi.aws.com", Handle: "vol-1"}, "", fault.Unsupported},
+		{adapters.PersistentVolume{Driver: topoLVM, Handle: "0b3ad2dc-2c15-4c1b-9a9c-7f2d3c1ad6f4"}, "*/0b3ad2dc-2c15-4c1b-9a9c-7f2d3c1ad6f4", 0},
+		{adapters.PersistentVolume{Driver: topoLVMOld, Handle: "0b3a"}, "*/0b3a", 0},
+		{adapters.PersistentVolume{Driver: csiDriverLVM, Handle: "pvc-1", Attributes: map[string]string{"type": "linear"}}, "*/pvc-1", 0},
+		{adapters.PersistentVolume{Driver: openEBSLVM, Handle: "pvc-2", Attributes: map[string]string{"openebs.io/volgroup": "lvmvg", "openebs.io/cas-type": "localpv-lvm"}}, "lvmvg/pvc-2", 0},
+		{adapters.PersistentVolume{Driver: openEBSLVM, Handle: "pvc-2"}, "", fault.Invalid},
+		{adapters.PersistentVolume{Driver: openEBSLVM, Handle: "pvc-2", Attributes: map[string]string{"openebs.io/volgroup": "a/b"}}, "", fault.Invalid},
+		{adapters.PersistentVolume{Driver: topoLVM, Handle: "../etc"}, "", fault.Invalid},
+		{adapters.PersistentVolume{Driver: "ebs.csi.aws.com", Handle: "vol-1"}, "", fault.Unsupported},
 	} {
-		id, err := Resolve(c.pv)
+		id, err := Kind().VolumeOf(c.pv)
 		if id != c.id || fault.KindOf(err) != c.kind {
 			t.Errorf("%+v is %q, %v", c.pv, id, err)
 		}

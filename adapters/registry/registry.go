@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"stillpoint.io/stillpoint/adapters"
+	"stillpoint.io/stillpoint/adapters/ceph"
 	"stillpoint.io/stillpoint/adapters/lvmthin"
 	"stillpoint.io/stillpoint/adapters/mem"
 	"stillpoint.io/stillpoint/adapters/reflink"
@@ -18,6 +19,7 @@ func Kinds() []adapters.Kind {
 	return []adapters.Kind{
 		reflink.Kind(),
 		lvmthin.Kind(),
+		ceph.RBD(),
 		mem.Kind(),
 	}
 }

@@ -19,6 +19,13 @@ func TestKinds(t *testing.T) {
 		if k.Summary == "" || k.Open == nil {
 			t.Errorf("%s: incomplete row %+v", k.Name, k)
 		}
+		if (len(k.Drivers) > 0) != (k.Resolve != nil) {
+			t.Errorf("%s: has drivers %v, and Resolve: %v", k.Name, k.Drivers, k.Resolve != nil)
+		}
+		_, err = k.VolumeOf(adapters.PersistentVolume{Driver: "csi.example", Handle: "vol-1"})
+		if !errors.Is(err, fault.Unsupported) || !strings.Contains(err.Error(), "csi.example") {
+			t.Errorf("%s says of a volume of another driver: %v", k.Name, err)
+		}
 		for _, key := range k.Keys {
 			if key.Name == "" || key.Usage == "" {
 				t.Errorf("%s: incomplete key %+v", k.Name, key)
@@ -29,6 +36,12 @@ func TestKinds(t *testing.T) {
 			t.Errorf("%s opened with an unknown key: %v", k.Name, err)
 		}
 		a, err := k.Open(t.Context(), adapters.Config{Name: "b"})
+		if errors.Is(err, fault.Unsupported) { // this program was built without it: both places say what to do
+			if !strings.Contains(err.Error(), "`make ") || !strings.Contains(k.Summary, "`make ") {
+				t.Errorf("%s does not say how to get it: %v, %q", k.Name, err, k.Summary)
+			}
+			continue
+		}
 		if err != nil {
 			t.Errorf("%s does not open without parameters: %v", k.Name, err)
 			continue

@@ -1,13 +1,14 @@
 #!/bin/bash
 # ceph-up.sh: a real single-node Ceph (Debian 12: pacific 16.2.15) on 127.0.0.1, everything under one folder.
 #   ceph-up.sh start DIR     mon + mgr + osd (+ mds + CephFS) (+ radosgw), from nothing or from a stopped DIR
+#   ceph-up.sh osd   DIR     start the osd again after it was killed
 #   ceph-up.sh stop  DIR     stop every daemon of DIR (by pid file), keep the data
 #   ceph-up.sh purge DIR     stop and delete DIR
 # Environment: STORE=bluestore|memstore (bluestore)  OSD_SIZE=32G (sparse file)  PORT=6700 (range PORT..PORT+49)
 #              MDS=1|0  RGW=1|0  RGW_PORT=PORT+40
 # After it: export CEPH_CONF=DIR/ceph.conf  (client.admin key is at DIR/keyring, named in that conf)
 set -euo pipefail
-CMD=${1:?start|stop|purge} DIR=$(mkdir -p "${2:?DIR}" && cd "$2" && pwd)
+CMD=${1:?start|osd|stop|purge} DIR=$(mkdir -p "${2:?DIR}" && cd "$2" && pwd)
 STORE=${STORE:-bluestore} OSD_SIZE=${OSD_SIZE:-32G} PORT=${PORT:-6700} MDS=${MDS:-1} RGW=${RGW:-1}
 RGW_PORT=${RGW_PORT:-$((PORT + 40))}
 S3_KEY=${S3_KEY:-TESTACCESSKEY0000001} S3_SECRET=${S3_SECRET:-testsecretkey0000000000000000000000000001}
@@ -81,6 +82,9 @@ osd pool default min size = 1
 osd pool default pg num = 8
 osd pool default pg autoscale mode = off
 osd crush chooseleaf type = 0
+# Default .8 of 20 s: so long an osd that was killed and started again does not answer. With .1, one that was stopped for
+# longer than that sometimes never answered again.
+osd pool default read lease ratio = .35
 mon allow pool size one = true
 mon allow pool delete = true
 mon warn on pool no redundancy = false
@@ -118,6 +122,7 @@ bluestore block size = $(numfmt --from=iec "$OSD_SIZE")
 bluestore block db create = false
 bluestore block wal create = false
 bdev aio poll ms = 20   # default 250: every open and close of the device waits that long, 14 times in a first start
+osd client watch timeout = 5   # default 30: so long a client that died is taken for alive
 bluestore fsck on mount = false
 bluestore fsck quick fix on mount = false
 memstore device bytes = $(numfmt --from=iec "$OSD_SIZE")
@@ -189,6 +194,7 @@ again() {
 }
 
 healthy() { timeout 20 ceph health 2>/dev/null | grep -q HEALTH_OK; }
+osdactive() { timeout 20 ceph --admin-daemon "$DIR"/run/osd.0.*.asok status | grep -q '"state": "active"'; }
 mdsup() { timeout 20 ceph mds stat 2>/dev/null | grep -q 'up:active'; }
 rgwup() { (exec 3<>"/dev/tcp/127.0.0.1/$RGW_PORT") 2>/dev/null; }
 
@@ -200,7 +206,16 @@ start)
     [ "$RGW" != 1 ] || wait_for 60 "rgw listening" rgwup
     wait_for 90 "HEALTH_OK" healthy || { ceph health detail; exit 1; }
     ;;
+osd) # on other ports: who still calls the dead one's would be answered by a stranger, and call again at once, without end
+    if ! alive osd.0 >/dev/null; then
+        rm -f "$DIR"/run/osd.0.*
+        n=$(($(cat "$DIR/starts" 2>/dev/null || echo 0) + 1)); echo "$n" >"$DIR/starts"
+        min=$((PORT + 12 + n % 2 * 10))
+        ceph-osd -c "$CEPH_CONF" -i 0 --ms-bind-port-min "$min" --ms-bind-port-max $((PORT + 39))
+    fi
+    wait_for 60 "osd active" osdactive || { tail -n 20 "$DIR/log/osd.0.log"; exit 1; }
+    ;;
 stop) stop ;;
 purge) signal KILL client.rgw.a mds.a osd.0 mgr.x mon.a; say killed; rm -rf -- "$DIR" ;;
-*) echo "start|stop|purge" >&2; exit 2 ;;
+*) echo "start|osd|stop|purge" >&2; exit 2 ;;
 esac

@@ -4,6 +4,7 @@
 package ceph
 
 import (
+	"bytes"
 	"context"
 	_ "embed"
 	"errors"
@@ -11,8 +12,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
+	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"stillpoint.io/stillpoint/integration/peer"
 )
@@ -99,6 +104,85 @@ func (c *Cluster) Up(ctx context.Context) error { return c.run(ctx, "start") }
 
 // Down stops the daemons; the data stays.
 func (c *Cluster) Down(ctx context.Context) error { return c.run(ctx, "stop") }
+
+// PauseOSD stops the OSD where it is (SIGSTOP): requests to it hang. ResumeOSD lets it go on.
+func (c *Cluster) PauseOSD() error { return c.signalOSD(syscall.SIGSTOP) }
+
+// ResumeOSD lets a paused OSD go on.
+func (c *Cluster) ResumeOSD() error { return c.signalOSD(syscall.SIGCONT) }
+
+// KillOSD kills the OSD. Requests to it hang until StartOSD.
+func (c *Cluster) KillOSD() error { return c.signalOSD(syscall.SIGKILL) }
+
+// StartOSD starts the OSD anew after KillOSD.
+func (c *Cluster) StartOSD(ctx context.Context) error { return c.run(ctx, "osd") }
+
+// signalOSD sends a signal to the OSD. A stop and a kill are waited for: each thread has to come to them.
+func (c *Cluster) signalOSD(s syscall.Signal) error {
+	text, err := os.ReadFile(filepath.Join(c.dir, "run", "osd.0.pid"))
+	if err != nil {
+		return err
+	}
+	pid, err := strconv.Atoi(strings.TrimSpace(string(text)))
+	if err != nil {
+		return err
+	}
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	// The number may be another process's by now: what counts is whose the descriptor is.
+	if line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); err != nil || !strings.Contains(string(line), c.Conf) {
+		return fmt.Errorf("process %d is not the OSD of %s", pid, c.dir)
+	}
+	if err := unix.PidfdSendSignal(fd, s, nil, 0); err != nil {
+		return err
+	}
+	switch s {
+	case syscall.SIGSTOP:
+		return stopped(pid)
+	case syscall.SIGCONT:
+		return nil
+	}
+	_, err = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(10*time.Second/time.Millisecond))
+	return err
+}
+
+// stopped waits until all threads of a process are.
+func stopped(pid int) error {
+	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
+		if err != nil {
+			return err
+		}
+		still := len(threads) > 0
+		for _, t := range threads {
+			text, err := os.ReadFile(t)
+			if err != nil {
+				continue // ended
+			}
+			_, rest, _ := strings.Cut(string(text), ") ")
+			still = still && strings.HasPrefix(rest, "T")
+		}
+		if still {
+			return nil
+		}
+	}
+	return fmt.Errorf("process %d does not stop", pid)
+}
+
+// User makes a cephx user with the capabilities that Ceph's profile for RBD gives, and returns its key.
+func (c *Cluster) User(ctx context.Context, name string) (key string, err error) {
+	cmd := c.Command(ctx, "ceph", "auth", "get-or-create-key", "client."+name, "mon", "profile rbd", "osd", "profile rbd", "mgr", "profile rbd")
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		return "", fmt.Errorf("making the user %s: %w: %s", name, err, stderr.Bytes())
+	}
+	return strings.TrimSpace(string(out)), nil
+}
 
 // Close kills the daemons and removes everything.
 func (c *Cluster) Close() error { return c.guard.Close() }

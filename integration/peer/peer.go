@@ -5,6 +5,7 @@ package peer
 import (
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -54,16 +55,22 @@ rm -rf -- "$dir"`
 	return NewGuard(script, append(args, command...)...)
 }
 
-// Ports finds n free ports of the loopback device in a row and returns the first.
+// Ports finds n free ports of the loopback device in a row and returns the first. They are below those that the kernel
+// gives to outgoing connections (ip(7), ip_local_port_range), one of which would otherwise be in the way of a server that
+// is started again, and a client's that was closed a minute ago in that of a new one.
 func Ports(n int) (int, error) {
+	const lowest = 10240
+	highest := 32768
+	if text, err := os.ReadFile("/proc/sys/net/ipv4/ip_local_port_range"); err == nil {
+		fmt.Sscan(string(text), &highest)
+	}
+	if highest-n <= lowest {
+		return 0, fmt.Errorf("outgoing connections may take every port from %d on: no %d are left for servers (sysctl net.ipv4.ip_local_port_range)", highest, n)
+	}
 	for range 100 {
-		first, err := listen(0)
-		if err != nil {
-			return 0, err
-		}
-		port := first.Addr().(*net.TCPAddr).Port
-		held := []io.Closer{first}
-		for p := port + 1; p < port+n && p < 1<<16; p++ {
+		port := lowest + rand.IntN(highest-n-lowest)
+		var held []io.Closer
+		for p := port; p < port+n; p++ {
 			l, err := listen(p)
 			if err != nil {
 				break
