@@ -33,6 +33,10 @@ const testUser = "stillpoint"
 
 func TestMain(m *testing.M) {
 	flag.Parse()
+	if os.Getenv(victimVariable) != "" {
+		fmt.Fprintln(os.Stderr, "a process that was to be killed:", victim())
+		os.Exit(1)
+	}
 	os.Exit(withCluster(m))
 }
 

@@ -378,28 +378,16 @@ func (d *diff) parent(ctx context.Context) (*diff, error) {
 		return nil, nil
 	}
 	return diffCall(ctx, d, func(one *call) (*diff, error) {
-		of, err := d.rbd.GetParent()
-		if err != nil {
-			return nil, ignore(err)
-		}
-		name := imageName{of.Image.PoolName, of.Image.PoolNamespace, of.Image.ImageName}
-		pool, err := d.connection.pool(name.pool, name.namespace)
-		if err != nil {
+		m, number, err := d.openParent()
+		if err != nil || m == nil {
 			return nil, err
 		}
-		m, err := d.connection.keep(name, pool)(rbd.OpenImageByIdReadOnly(pool, of.Image.ImageID, rbd.NoSnapshot))
-		if err != nil {
-			return nil, fmt.Errorf("its parent %s: %w", name, err)
-		}
 		one.onAbandon(m.release)
-		if err := m.rbd.SetSnapByID(of.Snap.ID); err != nil {
-			return nil, fmt.Errorf("its parent %s@%s: %w", name, of.Snap.SnapName, err)
-		}
 		size, err := m.rbd.GetSize()
 		if err != nil {
 			return nil, err
 		}
-		p := &diff{image: m, what: d.what, number: snapshotNumber(of.Snap.ID), size: int64(size), exact: d.exact}
+		p := &diff{image: m, what: d.what, number: number, size: int64(size), exact: d.exact}
 		return p, p.layout()
 	})
 }

@@ -239,33 +239,6 @@ func (a *Adapter) DeleteSnapshot(ctx context.Context, id adapters.SnapshotID) er
 	return err
 }
 
-// draftAge is how old a snapshot being made must be to be nobody's work any more: far beyond any call's deadline.
-const draftAge = 10 * time.Minute
-
-// sweep removes what dead processes left in an image: snapshots from before a time that never got their name.
-func (m *image) sweep(one *call, before time.Time) error {
-	all, err := m.numbers()
-	if err != nil {
-		return err
-	}
-	for _, s := range all {
-		if !isDraft(s.Name) {
-			continue
-		}
-		if err := one.wanted(); err != nil {
-			return err
-		}
-		at, err := m.rbd.GetSnapTimestamp(s.Id)
-		if err == nil && time.Unix(at.Sec, at.Nsec).Before(before) {
-			err = m.remove(snapshotNumber(s.Id))
-		}
-		if ignore(err) != nil {
-			return err
-		}
-	}
-	return nil
-}
-
 // Gate opens every image for a change, as CreateSnapshot does.
 func (a *Adapter) Gate(ctx context.Context, ids []adapters.VolumeID) (adapters.Forecast, error) {
 	for _, id := range ids {

@@ -351,11 +351,14 @@ func TestOverwriteClone(t *testing.T) {
 	}
 }
 
+// withoutLock are the options of an image that has no exclusive lock.
+var withoutLock = map[rbd.ImageOption]uint64{rbd.ImageOptionFeatures: rbd.FeatureLayering}
+
 // TestRestoreWithoutLock restores over an image that has no exclusive lock, and into a namespace.
 func TestRestoreWithoutLock(t *testing.T) {
 	t.Parallel()
 	a := open(t, nil)
-	v := makeImage(t, freeName("rbd", "twin"), 1<<20, map[rbd.ImageOption]uint64{rbd.ImageOptionFeatures: rbd.FeatureLayering})
+	v := makeImage(t, freeName("rbd", "twin"), 1<<20, withoutLock)
 	v.close()
 	fresh := freeName("rbd", "twin")
 	cleanUp(t, v.io, fresh)
