@@ -24,7 +24,7 @@ import (
 func TestKeys(t *testing.T) {
 	t.Parallel()
 	v := makeImage(t, freeName("rbd", ""), 4<<20, nil)
-	text, err := os.ReadFile(keyring)
+	text, err := os.ReadFile(running.keyring)
 	must(t, err)
 	_, key, _ := strings.Cut(strings.TrimSpace(string(text)), "key = ")
 	conf, err := os.ReadFile(running.Conf)
@@ -42,7 +42,7 @@ func TestKeys(t *testing.T) {
 		key        string
 		want       fault.Kind // Internal: it works
 	}{
-		"conf and keyring":       {map[string]string{"conf": running.Conf, "user": testUser, "keyring": keyring}, "", fault.Internal},
+		"conf and keyring":       {map[string]string{"conf": running.Conf, "user": testUser, "keyring": running.keyring}, "", fault.Internal},
 		"conf and key":           {map[string]string{"conf": running.Conf, "user": "client." + testUser}, key, fault.Internal},
 		"monitors and key":       {map[string]string{"monitors": monitors, "user": testUser}, key, fault.Internal},
 		"a wrong key":            {map[string]string{"monitors": monitors, "user": testUser, "timeout": "5s"}, wrongKey, fault.Invalid},
