@@ -88,7 +88,7 @@ func (t *target) claim(one *call) error {
 	if err != nil {
 		return err
 	}
-	if err := m.rbd.SetMetadata(holderKey, holder{Client: me, Process: p}.encode()); err != nil {
+	if err := m.setMetadata(holderKey, holder{Client: me, Process: p}.encode()); err != nil {
 		return err
 	}
 	size, err := m.rbd.GetSize()
@@ -98,7 +98,7 @@ func (t *target) claim(one *call) error {
 	if t.overwrite {
 		if int64(size) < t.size {
 			err := fault.Errorf(fault.Invalid, "its %d bytes are fewer than the %d to restore", size, t.size)
-			return first(err, m.rbd.RemoveMetadata(holderKey))
+			return first(err, m.removeMetadata(holderKey))
 		}
 		return nil
 	}
@@ -216,5 +216,5 @@ func (t *target) claimFresh() error {
 	}
 	t.fresh = true
 	r := restoring{Image: t.image.id, Volume: t.name.String(), Size: t.size, Origin: t.of.String()}
-	return t.image.rbd.SetMetadata(restoreKey, r.encode())
+	return t.image.setMetadata(restoreKey, r.encode())
 }

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/ceph/go-ceph/rados"
 	"github.com/ceph/go-ceph/rbd"
 
 	"stillpoint.io/stillpoint/adapters"
@@ -307,17 +306,6 @@ func (d *diff) objectMap(n snapshotNumber, size int64) (m objectMap, ok bool, er
 		return m, false, fault.Errorf(fault.Corrupt, "%w; `rbd object-map check` tells more", err)
 	}
 	return m, m.objects == (size+d.objects-1)/d.objects, nil
-}
-
-// method calls a method of the OSDs' class rbd on an object.
-func (m *image) method(object, name string, in []byte) ([]byte, error) {
-	op := rados.CreateReadOp()
-	defer op.Release()
-	step := op.Exec("rbd", name, in)
-	if err := op.Operate(m.pool, object, rados.OperationNoFlag); err != nil {
-		return nil, err
-	}
-	return step.Bytes()
 }
 
 // held lists what the snapshot holds, from an offset on: its own objects, and where it has none its parent's data.

@@ -25,8 +25,8 @@ var outages = map[string]struct {
 	cluster    ceph.Options
 	begin, end func(*site) error
 }{
-	"stopped": {ceph.Options{Lease: ceph.NeverKilled}, func(s *site) error { return s.PauseOSD() }, func(s *site) error { return s.ResumeOSD() }},
-	"killed":  {ceph.Options{}, func(s *site) error { return s.KillOSD() }, func(s *site) error { return s.StartOSD(context.Background()) }},
+	"stopped": {ceph.Options{Lease: ceph.NeverKilled, Watch: 5}, func(s *site) error { return s.PauseOSD() }, func(s *site) error { return s.ResumeOSD() }},
+	"killed":  {ceph.Options{Watch: 5}, func(s *site) error { return s.KillOSD() }, func(s *site) error { return s.StartOSD(context.Background()) }},
 }
 
 // scenarios are what the OSD goes away in the middle of. Each prepares itself, has the outage begin, has it end, and checks

@@ -119,6 +119,13 @@ func TestRestoring(t *testing.T) {
 	}
 }
 
+func TestEncodeMetadata(t *testing.T) {
+	want := "\x01\x00\x00\x00" + "\x01\x00\x00\x00k" + "\x02\x00\x00\x00vv"
+	if got := string(encodeMetadata("k", "vv")); got != want {
+		t.Errorf("%q", got)
+	}
+}
+
 // cephErrno is an error as Ceph's libraries give it.
 type cephErrno int
 

@@ -238,12 +238,12 @@ func (t *target) rename(one *call) (none, error) {
 	case err != nil:
 		return none{}, err
 	}
-	m, err := c.open(one, t.name, forChange)
+	m, err := c.open(one, t.name, forReading)
 	if err != nil {
 		return none{}, err
 	}
 	defer m.release()
-	return none{}, first(ignore(m.rbd.RemoveMetadata(restoreKey)), m.rbd.RemoveMetadata(holderKey))
+	return none{}, first(m.removeMetadata(restoreKey), m.removeMetadata(holderKey))
 }
 
 // settled is nil if no write that was abandoned is on its way.
@@ -306,7 +306,7 @@ func (t *target) release() {
 	calls := t.adapter.cluster.calls
 	run(ctx, calls, func(*call) (none, error) {
 		if t.overwrite && calls.healthy() == nil {
-			t.image.rbd.RemoveMetadata(holderKey) // what stays is swept when this process has ended
+			t.image.removeMetadata(holderKey) // what stays is swept when this process has ended
 		}
 		t.image.release()
 		return none{}, nil

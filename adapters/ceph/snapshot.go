@@ -121,7 +121,7 @@ func (m *image) write(n snapshotNumber, r record) error {
 	if err != nil {
 		return err
 	}
-	return m.rbd.SetMetadata(recordKey(n), text)
+	return m.setMetadata(recordKey(n), text)
 }
 
 // remove removes a snapshot and then its record: a record without its snapshot harms nobody.
@@ -129,7 +129,7 @@ func (m *image) remove(n snapshotNumber) error {
 	if err := ignore(m.rbd.RemoveSnapByID(uint64(n))); err != nil {
 		return err
 	}
-	return ignore(m.rbd.RemoveMetadata(recordKey(n)))
+	return m.removeMetadata(recordKey(n))
 }
 
 // Publish writes the mark and the notes. RADOS has made both durable when it answers.
@@ -156,7 +156,7 @@ func (a *Adapter) Publish(ctx context.Context, id adapters.SnapshotID, notes ada
 		// It may have been deleted in between, by somebody who looked for a record before this one was written.
 		if again, err := m.find(id.Name); err != nil || again == nil || again.number != f.number {
 			if err == nil {
-				err = first(notFound(), m.rbd.RemoveMetadata(recordKey(f.number)))
+				err = first(notFound(), m.removeMetadata(recordKey(f.number)))
 			}
 			return none{}, err
 		}

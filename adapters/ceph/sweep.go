@@ -4,7 +4,6 @@ package ceph
 
 import (
 	"errors"
-	"strings"
 	"time"
 
 	"github.com/ceph/go-ceph/rbd"
@@ -65,32 +64,8 @@ func (m *image) sweepMetadata(one *call, all []rbd.SnapInfo) error {
 	for _, key := range keys {
 		err = errors.Join(err, one.wanted())
 		if err == nil {
-			err = ignore(m.rbd.RemoveMetadata(key))
+			err = m.removeMetadata(key)
 		}
 	}
 	return err
-}
-
-// metadataPage is how many entries of an image's metadata are asked for at once.
-const metadataPage = 256
-
-// metadata reads the entries of an image's metadata whose keys have a prefix. It reads the image's header, as listings
-// do: librbd has no way to ask for some of them only.
-func (m *image) metadata(one *call, prefix string) (map[string]string, error) {
-	found := map[string]string{}
-	for last, more := "", true; more; {
-		if err := one.wanted(); err != nil {
-			return nil, err
-		}
-		page, err := m.pool.GetOmapValues(headerObject+m.id, last, metadataKey+prefix, metadataPage)
-		if err != nil {
-			return nil, ignore(err)
-		}
-		for key, value := range page {
-			last = max(last, key)
-			found[strings.TrimPrefix(key, metadataKey)] = string(value)
-		}
-		more = len(page) == metadataPage
-	}
-	return found, nil
 }

@@ -131,29 +131,32 @@ func TestSnapshotUnderUse(t *testing.T) {
 	t.Parallel()
 	a := open(t, nil)
 	v := makeImage(t, freeName("rbd", ""), 8<<20, nil)
-	stop, done := make(chan struct{}), make(chan error)
+	stop, done := make(chan struct{}), make(chan error, 1)
 	go func() {
-		for i := 0; ; i++ {
+		p := bytes.Repeat([]byte{0x5A}, 8<<20)
+		for {
 			select {
 			case <-stop:
 				done <- nil
 				return
 			default:
 			}
-			if _, err := v.WriteAt(bytes.Repeat([]byte{byte(i)}, 8<<20), 0); err != nil {
+			if _, err := v.WriteAt(p, 0); err != nil {
 				done <- err
 				return
 			}
 		}
 	}()
+	t.Cleanup(func() { // before the image is closed
+		close(stop)
+		must(t, <-done)
+	})
 	for i := range 3 {
 		s, err := a.CreateSnapshot(t.Context(), v.ID(), fmt.Sprintf("s-%d", i))
 		must(t, err)
 		must(t, a.Publish(t.Context(), s.ID, adapters.Notes{}))
 		must(t, a.DeleteSnapshot(t.Context(), s.ID))
 	}
-	close(stop)
-	must(t, <-done)
 	if left := snapshotsOf(t, v); len(left) > 0 {
 		t.Errorf("%q are left", left)
 	}

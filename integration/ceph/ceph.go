@@ -35,6 +35,9 @@ type Options struct {
 	// before it has renewed it, it never answers, because its pools have one replica and nobody acknowledges the renewal
 	// (its placement groups stay laggy; seen with 16.2.15). And one that was killed does not answer anew before so long.
 	Lease int
+	// Watch is after how many seconds a client that died or is away is taken for dead (osd_client_watch_timeout), 30 if
+	// zero. Clients tell every 5 that they live, or every objecter_tick_interval.
+	Watch int
 }
 
 // NeverKilled is a lease for a cluster whose OSD is not killed: it may be paused for half a minute.
@@ -47,10 +50,15 @@ type Cluster struct {
 	S3Endpoint           string // if there is the gateway
 	AccessKey, SecretKey string
 
+	Ports [2]int // the first and the last of 127.0.0.1 that the daemons listen at
+
 	dir   string
 	env   []string
 	guard *peer.Guard
 }
+
+// ports is how many ports a cluster has for its daemons.
+const ports = 50
 
 // Start makes a cluster from nothing, until it says HEALTH_OK.
 func Start(ctx context.Context, o Options) (*Cluster, error) {
@@ -78,9 +86,10 @@ func Start(ctx context.Context, o Options) (*Cluster, error) {
 	}
 	for range 3 { // somebody may take a port that was free a moment ago
 		var port int
-		if port, err = peer.Ports(50); err != nil {
+		if port, err = peer.Ports(ports); err != nil {
 			break
 		}
+		c.Ports = [2]int{port, port + ports - 1}
 		c.env = append(os.Environ(), fmt.Sprintf("PORT=%d", port), "MDS="+bit(o.Files), "RGW="+bit(o.S3),
 			"S3_KEY="+c.AccessKey, "S3_SECRET="+c.SecretKey)
 		if o.Size != "" {
@@ -88,6 +97,9 @@ func Start(ctx context.Context, o Options) (*Cluster, error) {
 		}
 		if o.Lease != 0 {
 			c.env = append(c.env, "LEASE="+strconv.Itoa(o.Lease))
+		}
+		if o.Watch != 0 {
+			c.env = append(c.env, "WATCH="+strconv.Itoa(o.Watch))
 		}
 		if o.S3 {
 			c.S3Endpoint = fmt.Sprintf("http://127.0.0.1:%d", port+40)
