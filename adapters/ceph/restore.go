@@ -89,13 +89,13 @@ func (t *target) WriteAt(ctx context.Context, p []byte, off int64) error {
 }
 
 func (t *target) write(ctx context.Context, p []byte, off int64) error {
-	b := pieces.Get().(*[pieceMax]byte) // the call may outlive the caller's own
-	n := copy(b[:], p)
+	b := takeBuffer(len(p))
+	copy(b.bytes, p)
 	return t.change(ctx, func(m *rbd.Image) error {
-		defer pieces.Put(b)
-		wrote, err := m.WriteAt(b[:n], off)
-		if err == nil && wrote != n {
-			err = fault.Errorf(fault.Unavailable, "%d bytes instead of %d were written", wrote, n)
+		defer b.giveBack()
+		wrote, err := m.WriteAt(b.bytes, off)
+		if err == nil && wrote != len(b.bytes) {
+			err = fault.Errorf(fault.Unavailable, "%d bytes instead of %d were written", wrote, len(b.bytes))
 		}
 		return err
 	})
