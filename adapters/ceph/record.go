@@ -1,7 +1,6 @@
 package ceph
 
 import (
-	"encoding/binary"
 	"encoding/json"
 	"fmt"
 	"slices"
@@ -130,15 +129,4 @@ func (r restoring) encode() string {
 func decodeRestoring(text string) (r restoring, ok bool) {
 	err := json.Unmarshal([]byte(text), &r)
 	return r, err == nil && r.Version == recordVersion
-}
-
-// encodeMetadata is one entry of an image's metadata as the method metadata_set takes it: a map from texts to bytes, the
-// way Ceph encodes maps (src/include/encoding.h, little endian).
-func encodeMetadata(key, value string) []byte {
-	return appendText(appendText(binary.LittleEndian.AppendUint32(nil, 1), key), value)
-}
-
-// appendText appends a text as Ceph encodes it.
-func appendText(b []byte, s string) []byte {
-	return append(binary.LittleEndian.AppendUint32(b, uint32(len(s))), s...)
 }

@@ -10,6 +10,8 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/ceph/go-ceph/rados"
+
 	"stillpoint.io/stillpoint/adapters"
 	"stillpoint.io/stillpoint/fault"
 )
@@ -168,15 +170,33 @@ func (a *Adapter) Publish(ctx context.Context, id adapters.SnapshotID, notes ada
 // change opens an image for a change until the call ends. Changes of one image come one after the other.
 func (a *Adapter) change(one *call, name imageName) (*image, error) {
 	var m *image
-	// Noted before the turn is taken, and so done before it is given back.
+	var pool *rados.IOContext
+	giveBack := func() {}
+	// Noted before the turns are taken, and so done before they are given back.
 	one.later(func() {
 		if m != nil {
 			m.release()
+		}
+		giveBack()
+		if pool != nil {
+			pool.Destroy()
 		}
 	})
 	if err := a.turns.take(one, name); err != nil {
 		return nil, err
 	}
+	n, err := a.cluster.connection(one)
+	if err != nil {
+		return nil, err
+	}
+	if pool, err = n.pool(name.pool, name.namespace); err != nil {
+		return nil, err
+	}
+	back, err := clusterTurn(one, pool, name.image)
+	if err != nil {
+		return nil, err
+	}
+	giveBack = back
 	opened, err := a.cluster.open(one, name, forChange)
 	if err != nil {
 		return nil, err

@@ -162,6 +162,35 @@ func TestSnapshotUnderUse(t *testing.T) {
 	}
 }
 
+// TestClusterTurn: a change waits for one of another process, which is another client, and gives its turn back.
+func TestClusterTurn(t *testing.T) {
+	t.Parallel()
+	a := open(t, nil)
+	v := makeImage(t, freeName("rbd", ""), 1<<20, nil)
+	giveBack, err := clusterTurn(&call{ctx: t.Context()}, v.io, v.name.image)
+	must(t, err)
+	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	defer cancel()
+	if _, err := a.CreateSnapshot(ctx, v.ID(), "early"); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("a snapshot was made while another process had its turn: %v", err)
+	}
+	giveBack()
+	for _, name := range []string{"one", "two"} {
+		_, err := a.CreateSnapshot(t.Context(), v.ID(), name)
+		must(t, err)
+	}
+	n := freeName("rbd", "")
+	if _, err := clusterTurn(&call{ctx: t.Context()}, v.io, n.image); !isAbsent(err) {
+		t.Errorf("of an image that is none: %v", err)
+	}
+	if _, err := a.CreateSnapshot(t.Context(), n.id("r"), "x"); !errors.Is(err, fault.NotFound) {
+		t.Errorf("a snapshot of an image that is none: %v", err)
+	}
+	if _, err := v.io.Stat(nameObject + n.image); !isAbsent(err) {
+		t.Errorf("the name of an image that is none was made: %v", err)
+	}
+}
+
 // TestClones: snapshots that have clones, of the new and of the old kind, and clones that have records of their parent.
 func TestClones(t *testing.T) {
 	t.Parallel()
