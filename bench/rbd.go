@@ -255,7 +255,7 @@ func inTurns(workers int, n int64, do func(i int64) error) error {
 }
 
 // rbdReaders is how many reads are under way at once.
-const rbdReaders = 32
+const rbdReaders = 64
 
 // rbdRead is the process that is measured: it reads what changed between an image's snapshots a and b, and prints how
 // many bytes those were.

@@ -256,7 +256,7 @@ func (r *reader) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
 func (m *image) read(ctx context.Context, p []byte, off int64) error {
 	b, err := using(ctx, m, func(*call) (*buffer, error) {
 		b := takeBuffer(len(p))
-		n, err := m.rbd.ReadAt(b.bytes, off)
+		n, err := m.readAt(b, off)
 		if err == nil && n != len(b.bytes) || err == io.EOF {
 			err = fault.Errorf(fault.Corrupt, "%d bytes instead of %d: %w", n, len(b.bytes), io.ErrUnexpectedEOF)
 		}
