@@ -198,7 +198,12 @@ func stopped(pid int) error {
 
 // User makes a cephx user with the capabilities that Ceph's profile for RBD gives, and returns its key.
 func (c *Cluster) User(ctx context.Context, name string) (key string, err error) {
-	cmd := c.Command(ctx, "ceph", "auth", "get-or-create-key", "client."+name, "mon", "profile rbd", "osd", "profile rbd", "mgr", "profile rbd")
+	return c.UserWith(ctx, name, "mon", "profile rbd", "osd", "profile rbd", "mgr", "profile rbd")
+}
+
+// UserWith makes a cephx user with capabilities, pairs of a kind of daemon and what is allowed there, and returns its key.
+func (c *Cluster) UserWith(ctx context.Context, name string, capabilities ...string) (key string, err error) {
+	cmd := c.Command(ctx, "ceph", append([]string{"auth", "get-or-create-key", "client." + name}, capabilities...)...)
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
