@@ -18,7 +18,7 @@ CEPH        := ceph-mon=ceph-mon ceph-mgr=ceph-mgr ceph-osd=ceph-osd radosgw=rad
 CEPH_BUILD  := gcc=gcc /usr/include/stdlib.h=libc6-dev /usr/include/rados/librados.h=librados-dev /usr/include/rbd/librbd.h=librbd-dev
 # The tags of a build with Ceph: go-ceph wants to be told of releases before squid, whose headers lack this function.
 CEPH_TAGS    = ceph$(shell grep -qs rbd_encryption_load2 /usr/include/rbd/librbd.h || echo ,pacific)
-GUEST       := linux.uml=user-mode-linux lvcreate=lvm2 dmsetup=dmsetup thin_delta=thin-provisioning-tools modprobe=kmod patchelf=patchelf
+GUEST       := linux.uml=user-mode-linux lvcreate=lvm2 dmsetup=dmsetup thin_delta=thin-provisioning-tools modprobe=kmod patchelf=patchelf /lib/systemd/systemd-udevd=udev
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 VERSION     := $(shell git describe --always --dirty 2>/dev/null || echo development)
 LDFLAGS     := -s -w -X main.version=$(VERSION)

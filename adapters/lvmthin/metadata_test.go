@@ -8,6 +8,8 @@ import (
 	"sync"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"stillpoint.io/stillpoint/adapters"
 	"stillpoint.io/stillpoint/cbt"
 	"stillpoint.io/stillpoint/fault"
@@ -300,6 +302,12 @@ func TestGuestReaders(t *testing.T) {
 	readAll(t, a, s.ID)
 	if active() {
 		t.Error("still active after the last reader closed")
+	}
+	// A process that dies between making the device and giving it a table.
+	_, _, err = a.mapper.do(mapperCall{request: unix.DM_DEV_CREATE, name: mapperName(vgOne, l.name), uuid: uuid})
+	must(t, err)
+	if got := readAll(t, a, s.ID); len(got) != 1<<20 || active() {
+		t.Errorf("%d bytes of a device without a table, active %v", len(got), active())
 	}
 	left, err := a.state.list(activePrefix)
 	must(t, err)

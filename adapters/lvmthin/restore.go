@@ -125,13 +125,11 @@ func (t *target) openNew(ctx context.Context, token string) error {
 	case size != strconv.FormatInt(t.size, 10):
 		return fault.Errorf(fault.Invalid, "this restore was begun with %s bytes, not %d; use another token", size, t.size)
 	}
-	if err := t.claim(ctx, l); err != nil {
-		return err
-	}
-	return t.complete(ctx)
+	return t.claim(ctx, l)
 }
 
-// create makes the hidden volume.
+// create makes the hidden volume. It is not active: claim activates it, without udev's looking at what is half-restored.
+// The rename at the end has LVM resume it like any volume, and udev look at it.
 func (t *target) create(ctx context.Context, name string) (*logical, error) {
 	g := t.place.group
 	pool, err := t.poolOfNew()
@@ -146,7 +144,7 @@ func (t *target) create(ctx context.Context, name string) (*logical, error) {
 	if err != nil {
 		return nil, err
 	}
-	args := []string{"lvcreate", "-q", "-y", "-kn", "-n", name, "--addtag", tagSize + strconv.FormatInt(t.size, 10)}
+	args := []string{"lvcreate", "-q", "-y", "-kn", "-an", "-n", name, "--addtag", tagSize + strconv.FormatInt(t.size, 10)}
 	for _, tag := range split(tagRestore, t.place.name) {
 		args = append(args, "--addtag", tag)
 	}
@@ -215,10 +213,13 @@ func (t *target) claim(ctx context.Context, l *logical) (err error) {
 	if pl.zeroes && pl.discards != "ignore" {
 		t.chunk = pl.chunk
 	}
+	if err := t.complete(ctx); err != nil {
+		return err
+	}
 	uuid := mapperUUID(g.id, l.id, "")
 	d, err := a.mapper.find(uuid)
 	if err == nil && d == nil {
-		if err = a.images.switchTo(ctx, "-ay", g, l); err == nil {
+		if err = a.start(ctx, g, l); err == nil {
 			t.activated = true
 			d, err = a.mapper.find(uuid)
 		}
@@ -398,7 +399,7 @@ func (t *target) release() error {
 	if t.activated && t.overwrite {
 		ctx, cancel := context.WithTimeout(context.Background(), releasePatience)
 		defer cancel()
-		err = t.adapter.images.switchTo(ctx, "-an", t.place.group, t.volume)
+		err = t.adapter.stop(ctx, t.place.group, t.volume)
 	}
 	if t.lock != nil {
 		os.Remove(t.lock.Name())
