@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"os"
 	"os/exec"
 	"sync"
 	"testing"
@@ -118,6 +119,50 @@ func TestGuestMetadataSnapshot(t *testing.T) {
 			t.Error("the metadata snapshot is reserved while a consumer works")
 		}
 		break
+	}
+}
+
+// The machine goes down while the metadata snapshot is reserved: the pool remembers it, and what was in memory is gone. The
+// first who reads after that releases it, and nobody else's.
+func TestGuestMetadataSnapshotOfAnEarlierBoot(t *testing.T) {
+	guest(t)
+	a, v := newAdapter(t), borrowLive(t, vgOne, 1<<20)
+	one := snap(t, a, v, "one")
+	pool := poolNamed(t, a, vgOne)
+	afterReboot := func() *Adapter {
+		t.Helper()
+		must(t, a.Close())
+		must(t, os.RemoveAll(stateOf(t)))
+		return newAdapter(t)
+	}
+	h := startHelper(t, "hold", v.path())
+	h.says(t, "held")
+	h.kill(t)
+	if held(t, a, vgOne) == 0 {
+		t.Fatal("nothing is reserved: the test shows nothing")
+	}
+	next := afterReboot()
+	_, err := next.Allocated(t.Context(), one.ID, 0)
+	must(t, err)
+	if b := held(t, next, vgOne); b != 0 {
+		t.Errorf("still reserved, at block %d", b)
+	}
+
+	// A process that dies before it reserves leaves a mark only, which the next one takes.
+	must(t, a.mapper.message(pool.uuid, fmt.Sprintf("create_thin %d", markDevice)))
+	_, err = afterReboot().Allocated(t.Context(), one.ID, 0)
+	must(t, err)
+
+	must(t, a.mapper.message(pool.uuid, "reserve_metadata_snap"))
+	before := held(t, a, vgOne)
+	_, err = afterReboot().Allocated(t.Context(), one.ID, 0)
+	want(t, "somebody else's, of an earlier boot perhaps", err, fault.Busy)
+	if now := held(t, a, vgOne); now != before {
+		t.Errorf("somebody else's reservation is at %d instead of %d", now, before)
+	}
+	must(t, a.mapper.message(pool.uuid, "release_metadata_snap"))
+	if err := a.mapper.message(pool.uuid, fmt.Sprintf("delete %d", markDevice)); err == nil {
+		t.Error("the mark is in the pool still")
 	}
 }
 

@@ -128,8 +128,9 @@ func (t *target) openNew(ctx context.Context, token string) error {
 	return t.claim(ctx, l)
 }
 
-// create makes the hidden volume. It is not active: claim activates it, without udev's looking at what is half-restored.
-// The rename at the end has LVM resume it like any volume, and udev look at it.
+// create makes the hidden volume. LVM neither activates it now nor after a reboot, for it will soon hold the UUIDs of
+// another volume: claim activates it, without udev's looking into it. The rename at the end has LVM resume it like any
+// volume, and udev look.
 func (t *target) create(ctx context.Context, name string) (*logical, error) {
 	g := t.place.group
 	pool, err := t.poolOfNew()
@@ -144,7 +145,7 @@ func (t *target) create(ctx context.Context, name string) (*logical, error) {
 	if err != nil {
 		return nil, err
 	}
-	args := []string{"lvcreate", "-q", "-y", "-kn", "-an", "-n", name, "--addtag", tagSize + strconv.FormatInt(t.size, 10)}
+	args := []string{"lvcreate", "-q", "-y", "-ky", "-n", name, "--addtag", tagSize + strconv.FormatInt(t.size, 10)}
 	for _, tag := range split(tagRestore, t.place.name) {
 		args = append(args, "--addtag", tag)
 	}
@@ -354,7 +355,7 @@ func (t *target) commit(ctx context.Context) error {
 			marks = append(marks, tag)
 		}
 	}
-	return t.adapter.changeTags(ctx, g, t.volume, marks, nil)
+	return t.adapter.changeTags(ctx, g, t.volume, marks, nil, "-kn")
 }
 
 // Abort removes what was not committed.
