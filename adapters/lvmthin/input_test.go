@@ -147,6 +147,53 @@ func TestGuestNeedsCheck(t *testing.T) {
 	says(t, "after an error of its metadata", snapshotError(t, a, v), fault.KindOf(err))
 }
 
+// A pool whose metadata fill up: refused with the numbers before, and after the kernel has made it read-only and wants it
+// checked.
+func TestGuestMetadataFull(t *testing.T) {
+	v := badGroup(t)
+	a := newAdapter(t)
+	must(t, gate(t, a, v))
+	s := snap(t, a, v, "before")
+	pool := poolNamed(t, a, vgBad)
+	for id := 1000; ; id++ { // a thin device takes a block of metadata or more
+		status, err := a.mapper.poolStatus(pool)
+		must(t, err)
+		if status.metadata.free() < heldBlocks {
+			break
+		}
+		must(t, a.mapper.message(pool.uuid, fmt.Sprintf("create_thin %d", id)))
+	}
+	says(t, "metadata nearly full", gate(t, a, v), fault.Exhausted, "metadata-limit is 90 %", "of 512")
+	says(t, "metadata nearly full", snapshotError(t, a, v), fault.Exhausted, "of 512", "--poolmetadatasize")
+	_, err := a.Allocated(t.Context(), s.ID, 0)
+	says(t, "reading metadata that are nearly full", err, fault.Exhausted, "too few to reserve")
+	_, err = a.Begin(t.Context(), adapters.VolumeSpec{ID: typed(vgBad + "/new"), Size: chunk, Token: "t"})
+	says(t, "a restore into metadata that are nearly full", err, fault.Exhausted, "of 512")
+
+	for id := 2000; err != nil && id < 2000+512; id++ {
+		if a.mapper.message(pool.uuid, fmt.Sprintf("create_thin %d", id)) != nil {
+			break
+		}
+	}
+	status, err := a.mapper.poolStatus(pool)
+	must(t, err)
+	t.Logf("%+v", status)
+	if status.mode == "rw" && !status.needsCheck {
+		t.Fatal("the pool's metadata are full, and it works: the test shows nothing")
+	}
+	kind, words := fault.Unsupported, "read-only"
+	if status.needsCheck {
+		kind, words = fault.Corrupt, "needs a check"
+	}
+	says(t, "metadata full", gate(t, a, v), kind, words, "stillpoint-bad/pool")
+	says(t, "metadata full", snapshotError(t, a, v), kind, words)
+	_, err = a.Allocated(t.Context(), s.ID, 0)
+	says(t, "reading a pool whose metadata are full", err, kind, words)
+	if held(t, a, vgBad) != 0 {
+		t.Error("something is reserved")
+	}
+}
+
 // A group of which a physical volume is missing.
 func TestGuestPartial(t *testing.T) {
 	guest(t)

@@ -3,6 +3,7 @@ package lvmthin
 import (
 	"bytes"
 	"context"
+	"encoding/xml"
 	"fmt"
 	"os"
 	"os/exec"
@@ -13,6 +14,7 @@ import (
 
 	"stillpoint.io/stillpoint/adapters"
 	"stillpoint.io/stillpoint/cbt"
+	"stillpoint.io/stillpoint/cbt/thinmeta"
 	"stillpoint.io/stillpoint/fault"
 )
 
@@ -280,7 +282,7 @@ func compare(d cbt.Delta, base, target []byte) error {
 	return nil
 }
 
-// What is listed is what thin_delta lists, and no more than what cmp finds rounded to chunks.
+// What is listed of a pool at work is what thin_delta and thin_dump list, and what cmp finds rounded to chunks.
 func TestGuestDeltaAgainstBytes(t *testing.T) {
 	guest(t)
 	a, v := newAdapter(t), borrowLive(t, vgOne, 8<<20)
@@ -308,9 +310,76 @@ func TestGuestDeltaAgainstBytes(t *testing.T) {
 			t.Errorf("chunk %d: differs %v, listed %v", i, differs, listed[i])
 		}
 	}
-	out, err := exec.Command("lvs", "--noheadings", "-o", "thin_id", vgOne+"/"+snapshotVolume(v.name, "two")).Output()
+	g, pool := fullReport(t, a, vgOne), poolNamed(t, a, vgOne)
+	thin := func(name string) string { return fmt.Sprint(g.logical[snapshotVolume(v.name, name)].thin) }
+	path := "/dev/mapper/" + mapperName(vgOne, "pool_tmeta")
+	must(t, a.metadata.read(t.Context(), pool, func(*thinmeta.Metadata) error { return nil }, func(*thinmeta.Metadata) error {
+		var delta struct {
+			Diff struct {
+				Runs []thinRun `xml:",any"`
+			} `xml:"diff"`
+		}
+		tool(t, &delta, "thin_delta", "--metadata-snap", "--snap1", thin("one"), "--snap2", thin("two"), path)
+		var changed []cbt.Extent
+		for _, r := range delta.Diff.Runs {
+			if kind := r.XMLName.Local; kind != "same" {
+				changed = append(changed, cbt.Extent{Offset: r.Begin * chunk, Length: r.Length * chunk, Zero: kind == "left_only"})
+			}
+		}
+		same(t, "changed, by thin_delta", d, changed)
+		var dump struct {
+			Devices []struct {
+				ID   string    `xml:"dev_id,attr"`
+				Runs []thinRun `xml:",any"`
+			} `xml:"device"`
+		}
+		tool(t, &dump, "thin_dump", "--metadata-snap", path)
+		for name, id := range map[string]adapters.SnapshotID{"one": one.ID, "two": two.ID} {
+			var mapped []cbt.Extent
+			for _, device := range dump.Devices {
+				for _, r := range device.Runs {
+					if device.ID != thin(name) {
+						continue
+					}
+					if r.XMLName.Local == "single_mapping" {
+						r.OriginBegin, r.Length = r.OriginBlock, 1
+					}
+					mapped = append(mapped, cbt.Extent{Offset: r.OriginBegin * chunk, Length: r.Length * chunk})
+				}
+			}
+			allocated, err := a.Allocated(t.Context(), id, 0)
+			must(t, err)
+			same(t, "allocated of "+name+", by thin_dump", allocated, mapped)
+		}
+		return nil
+	}))
+}
+
+// thinRun is a run of chunks as thin_delta or thin_dump prints it.
+type thinRun struct {
+	XMLName     xml.Name
+	Begin       int64 `xml:"begin,attr"`
+	Length      int64 `xml:"length,attr"`
+	OriginBegin int64 `xml:"origin_begin,attr"`
+	OriginBlock int64 `xml:"origin_block,attr"`
+}
+
+// tool reads what a program of thin-provisioning-tools prints.
+func tool(t testing.TB, into any, args ...string) {
+	t.Helper()
+	out, err := exec.Command(args[0], args[1:]...).Output()
 	must(t, err)
-	t.Logf("%d chunks; thin device %s", len(listed), bytes.TrimSpace(out))
+	must(t, xml.Unmarshal(out, into))
+}
+
+// same demands that a stream is what another program listed.
+func same(t testing.TB, what string, d cbt.Delta, theirs []cbt.Extent) {
+	t.Helper()
+	want := cbt.Delta{Extents: cbt.Coalesce(cbt.Of(theirs...))}
+	got := cbt.Delta{Extents: cbt.Coalesce(d.Extents)}
+	if x, y := fmt.Sprint(extents(t, got)), fmt.Sprint(extents(t, want)); x != y || len(theirs) == 0 {
+		t.Errorf("%s: %s instead of %s", what, x, y)
+	}
 }
 
 // A reader that dies leaves its snapshot active, which the next who opens the backend ends; two readers share, and the
