@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 
 	"golang.org/x/sys/unix"
@@ -127,9 +128,10 @@ func (a *Adapter) start(ctx context.Context, g *group, l *logical) error {
 	})
 }
 
-// stop deactivates a volume, unless it is in use.
+// stop deactivates a volume, unless it is in use. One that LVM activated, for somebody else perhaps, has a path that LVM must
+// remove where no udev does.
 func (a *Adapter) stop(ctx context.Context, g *group, l *logical) error {
-	if g.external(l) {
+	if _, err := os.Lstat("/dev/" + g.name + "/" + l.name); err == nil || g.external(l) {
 		return a.switchTo(ctx, "-an", g, l)
 	}
 	return a.holding(ctx, g, func() error { return a.mapper.stop(mapperUUID(g.id, l.id, "")) })

@@ -454,4 +454,12 @@ func TestGuestKilledRestore(t *testing.T) {
 	if l := fullReport(t, a, vgOne).logical[name]; l == nil || len(l.tags) > 0 || vol.Size != 4*chunk {
 		t.Errorf("%+v, %+v", l, vol)
 	}
+	skips, err := exec.Command("lvs", "--noheadings", "-o", "lv_skip_activation", vgOne+"/"+name).Output()
+	must(t, err)
+	if len(bytes.TrimSpace(skips)) > 0 {
+		t.Errorf("after a reboot it will not be active: %s", skips)
+	}
+	if _, err := os.Stat(vol.Path); err != nil {
+		t.Error(err)
+	}
 }

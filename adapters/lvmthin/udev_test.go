@@ -34,8 +34,6 @@ func startUdev(t *testing.T) {
 		os.RemoveAll("/run/udev")
 	})
 	waitUntil(t, "udevd listens", udevRuns)
-	run(t, "udevadm", "trigger", "--subsystem-match=block", "--action=add")
-	settle(t)
 }
 
 // settle waits until udev has dealt with every event.
