@@ -165,11 +165,14 @@ func (v *activations) deactivate(ctx context.Context, lock *os.File, g *group, l
 		if d.users > 0 {
 			return nil // mounted by hand, or opened: who did that looks after it
 		}
-		switch err := v.a.stop(ctx, g, l); {
-		case errors.Is(err, unix.EBUSY):
-			return nil // in this moment
-		case err != nil:
-			return fmt.Errorf("deactivating %s/%s: %w", g.name, l.name, err)
+		err := v.a.stop(ctx, g, l)
+		if errors.Is(err, unix.EBUSY) {
+			return nil // it was opened just now
+		}
+		if err != nil {
+			if d, e := v.a.mapper.find(mapperUUID(g.id, l.id, "")); e != nil || d != nil {
+				return fmt.Errorf("deactivating %s/%s: %w", g.name, l.name, err)
+			}
 		}
 	}
 	return os.Remove(lock.Name())

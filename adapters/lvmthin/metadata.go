@@ -61,8 +61,8 @@ type reservation struct {
 // (MAX_DEV_ID in drivers/md/dm-thin.c). LVM counts from 1.
 const markDevice thinmeta.DeviceID = 1<<24 - 2
 
-// reserved is the record in the locked file, empty if nothing has been reserved in this boot. Block is 0 until the pool has answered; then Transaction, the pool's at
-// that moment, is what tells our reservation from another's.
+// reserved is the record in the locked file, which is empty if nothing has been reserved in this boot. Block is 0 until the
+// pool has answered; then Transaction, the pool's at that moment, is what tells our reservation from another's.
 type reserved struct {
 	Owner       process `json:"owner"`
 	Pool        string  `json:"pool"`
