@@ -2,6 +2,7 @@ package csi
 
 import (
 	"context"
+	"log/slog"
 	"net"
 	"path/filepath"
 	"testing"
@@ -17,6 +18,9 @@ func Serve(t testing.TB, folder string, c csi.Config) (socket string) {
 	t.Helper()
 	if c.Node == "" {
 		c.Node = "node-a"
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.NewTextHandler(t.Output(), nil))
 	}
 	d, err := csi.New(c)
 	if err != nil {

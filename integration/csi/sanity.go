@@ -13,18 +13,20 @@ import (
 	"github.com/onsi/ginkgo/v2"
 	"github.com/onsi/ginkgo/v2/types"
 	"github.com/onsi/gomega"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	"k8s.io/klog/v2"
 )
 
 // Site is a driver that is served, and how volumes of it are asked for.
 type Site struct {
-	Name       string
-	Socket     string // path of the unix socket
-	Folder     string // that the driver may mount in
-	Block      bool   // volumes are used raw instead of with a filesystem
-	Size       int64  // bytes of volumes; they are grown to twice that
-	Volumes    map[string]string
-	Snapshots  map[string]string
-	Filesystem string // for people
+	Name      string
+	Socket    string            // path of the unix socket
+	Folder    string            // that the driver may mount in
+	Block     bool              // volumes are used raw instead of with a filesystem
+	Size      int64             // bytes of volumes; they are grown to twice that
+	Volumes   map[string]string // parameters of the StorageClass
+	Snapshots map[string]string // and of the VolumeSnapshotClass
 }
 
 // Skipped are the specs that csi-sanity leaves out because of what the driver says of itself: it does not attach volumes by a
@@ -57,28 +59,32 @@ var Skipped = []string{
 // Run runs csi-sanity against each site. It can be called once in a process (a limit of ginkgo's). A spec that is left
 // out and is not among Skipped fails the test.
 func Run(t *testing.T, sites ...Site) {
-	var contexts []*sanity.TestContext
 	for _, s := range sites {
 		config := sanity.NewTestConfig()
-		config.Address = "unix://" + s.Socket
 		config.TargetPath, config.StagingPath = filepath.Join(s.Folder, "published"), filepath.Join(s.Folder, "staged")
 		config.TestVolumeSize, config.TestVolumeExpandSize = s.Size, 2*s.Size
 		config.TestVolumeParameters, config.TestSnapshotParameters = s.Volumes, s.Snapshots
 		if s.Block {
 			config.TestVolumeAccessType = "block"
 		}
-		ginkgo.Describe(s.Name, func() { contexts = append(contexts, sanity.GinkgoTest(&config)) })
+		// csi-sanity's own way to connect waits for a minute, and fails, where the connection is ready at once; so it gets one.
+		// With an empty Address it keeps it.
+		conn, err := grpc.NewClient("unix://"+s.Socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { conn.Close() })
+		ginkgo.Describe(s.Name, func() { sanity.GinkgoTest(&config).Conn = conn })
 	}
 	var ran sync.Map
 	ginkgo.ReportAfterEach(func(r types.SpecReport) { ran.Store(r.FullText(), r.State) })
+	klog.SetOutput(t.Output())
+	klog.LogToStderr(false)
 	gomega.RegisterFailHandler(ginkgo.Fail)
 	suite, reporter := ginkgo.GinkgoConfiguration()
 	reporter.Succinct = true
 	if !ginkgo.RunSpecs(t, "csi-sanity", suite, reporter) {
 		t.Error("csi-sanity failed")
-	}
-	for _, c := range contexts {
-		c.Finalize()
 	}
 	count := map[types.SpecState]int{}
 	ran.Range(func(name, state any) bool {
