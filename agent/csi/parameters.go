@@ -88,13 +88,14 @@ func parseClass(parameters map[string]string, keys []string) (class, error) {
 	return c, nil
 }
 
-// hint is the end of a sentence about an unknown key.
-func hint(key string, keys []string) string {
-	if near := adapters.Nearest(key, keys); near != "" {
-		return fmt.Sprintf("; did you mean %q?", near)
+// hint is the end of a sentence about an unknown word. What all our keys begin with does not make them alike.
+func hint(word string, known []string) string {
+	bare := make([]string, len(known))
+	for i, k := range known {
+		bare[i] = strings.TrimPrefix(k, Prefix)
 	}
-	if near := adapters.Nearest(Prefix+key, keys); near != "" {
-		return fmt.Sprintf("; did you mean %q?", near)
+	if near := adapters.Nearest(strings.TrimPrefix(word, Prefix), bare); near != "" {
+		return fmt.Sprintf("; did you mean %q?", known[slices.Index(bare, near)])
 	}
-	return "; there is " + strings.Join(keys, ", ")
+	return "; there is " + strings.Join(known, ", ")
 }

@@ -37,6 +37,7 @@ func (d *controller) ControllerGetCapabilities(context.Context, *csipb.Controlle
 
 const (
 	defaultSize = 1 << 30 // bytes, of a volume that none was asked for
+	sizeMax     = 1 << 60 // bytes; nobody makes a larger one
 	sizeUnit    = 4096    // bytes; sizes are multiples of it, so that every device can be that large
 )
 
@@ -183,7 +184,7 @@ func chooseSize(r *csipb.CapacityRange, least int64) (int64, error) {
 			size = min(size, limit/sizeUnit*sizeUnit)
 		}
 	}
-	if size > 1<<62 {
+	if size > sizeMax {
 		return 0, status.Errorf(codes.OutOfRange, "there are no volumes of %d bytes", size)
 	}
 	size = (size + sizeUnit - 1) / sizeUnit * sizeUnit

@@ -4,6 +4,7 @@ import (
 	"context"
 	"log/slog"
 	"net"
+	"os"
 	"path/filepath"
 	"testing"
 	"time"
@@ -47,8 +48,15 @@ func Serve(t testing.TB, folder string, c csi.Config) (socket string) {
 	return socket
 }
 
-// Node is the machine for cuts, with the freezer's program and state in a folder.
-func Node(folder, program string) cut.Node {
+// Node is the machine for cuts, with the freezer's program. Its state is in a folder of its own on a tmpfs, where the
+// freezer's records are kept without mounting one.
+func Node(t testing.TB, program string) cut.Node {
+	t.Helper()
+	folder, err := os.MkdirTemp("/dev/shm", "stillpoint-csi-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(folder) })
 	return cut.Node{
 		Freezer: func(ctx context.Context) (*freezer.Client, error) {
 			return freezer.Spawn(ctx, freezer.SpawnOptions{Program: program, Records: filepath.Join(folder, "records")})

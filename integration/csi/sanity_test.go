@@ -21,7 +21,7 @@ func TestSanity(t *testing.T) {
 	add := func(name string, size int64, block bool, b csi.Backend) {
 		folder := filepath.Join(l.Dir, name)
 		must(t, os.Mkdir(folder, 0o700))
-		socket := Serve(t, folder, csi.Config{Backends: csi.Backends{"b": b}, Cut: Node(folder, program)})
+		socket := Serve(t, folder, csi.Config{Backends: csi.Backends{"b": b}, Cut: Node(t, program)})
 		// Volumes that nobody has staged are snapshotted too, and nobody can say that nothing writes to them.
 		crash := map[string]string{csi.Prefix + "allow-crash-consistent": "true"}
 		sites = append(sites, Site{Name: name, Socket: socket, Folder: folder, Block: block, Size: size, Volumes: crash, Snapshots: crash})
