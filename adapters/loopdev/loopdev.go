@@ -17,6 +17,11 @@ import (
 // Label is what a device's lo_file_name says: at most 63 bytes of ASCII.
 type Label string
 
+// sector is the device's logical block in bytes. It is what most disks have, and set, because the kernel's own choice depends
+// on the file (4096 for one that shares blocks on XFS, since Linux 6.18 at the latest): a filesystem that was made on the one
+// cannot be mounted on the other.
+const sector = 512
+
 // Attach puts an open file on a free loop device, which it returns the path of. The device holds the file open. Its I/O
 // bypasses the page cache of the file's filesystem where that is possible.
 func Attach(ctx context.Context, f *os.File, label Label) (path string, err error) {
@@ -25,7 +30,7 @@ func Attach(ctx context.Context, f *os.File, label Label) (path string, err erro
 		return "", fault.Errorf(fault.Unavailable, "%w; loop devices need the module loop, and the host's /dev", err)
 	}
 	defer control.Close()
-	config := unix.LoopConfig{Fd: uint32(f.Fd()), Info: unix.LoopInfo64{Flags: unix.LO_FLAGS_DIRECT_IO}}
+	config := unix.LoopConfig{Fd: uint32(f.Fd()), Size: sector, Info: unix.LoopInfo64{Flags: unix.LO_FLAGS_DIRECT_IO}}
 	if len(label) >= len(config.Info.File_name) {
 		return "", fmt.Errorf("the label %q is too long for a loop device", label)
 	}

@@ -146,6 +146,9 @@ func (m mounter) growFilesystem(device, at string) error {
 	if err == nil && need {
 		_, err = resizer.Resize(device, at)
 	}
+	if err != nil && strings.Contains(err.Error(), "Permission denied to resize") {
+		err = fault.Errorf(fault.Unsupported, "%w; an ext4 is grown while it is mounted by who has CAP_SYS_RESOURCE only", err)
+	}
 	return err
 }
 
