@@ -103,7 +103,9 @@ func (a *app) serve(ctx context.Context, f agentFlags) error {
 	g, over := errgroup.WithContext(ctx)
 	g.Go(func() error { return d.Serve(listener) })
 	if probes != nil {
-		g.Go(func() error { return serveProbes(over, probes, func(ctx context.Context) error { return ready(ctx, machine) }) })
+		g.Go(func() error {
+			return serveProbes(over, probes, func(ctx context.Context) error { return ready(ctx, machine) })
+		})
 	}
 	g.Go(func() error {
 		<-over.Done()
