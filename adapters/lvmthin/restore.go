@@ -30,7 +30,7 @@ func (a *Adapter) begin(ctx context.Context, spec adapters.VolumeSpec, of clone)
 	if err != nil {
 		return nil, err
 	}
-	t := &target{adapter: a, place: p, size: spec.Size, overwrite: spec.Overwrite, of: of}
+	t := &target{adapter: a, place: p, size: spec.Size, overwrite: spec.Overwrite, of: of, origin: spec.Origin}
 	if spec.Overwrite {
 		err = t.openExisting(ctx)
 	} else {
@@ -48,8 +48,9 @@ type target struct {
 	place     place
 	size      int64
 	overwrite bool
-	of        clone    // what a new volume is a clone of
-	volume    *logical // that is written to
+	of        clone           // what a new volume is a clone of
+	origin    adapters.Origin // of a new volume that is made for somebody: it is not active when the target is closed
+	volume    *logical        // that is written to
 	pool      poolRef
 	chunk     int64 // of discards that make zeros; 0 if none do
 	zeroed    bool  // the pool zeroes a chunk before its first use
@@ -147,6 +148,13 @@ func (t *target) create(ctx context.Context, name string) (*logical, error) {
 	}
 	args := []string{"lvcreate", "-q", "-y", "-ky", "-n", name, "--addtag", tagSize + strconv.FormatInt(t.size, 10)}
 	for _, tag := range split(tagRestore, t.place.name) {
+		args = append(args, "--addtag", tag)
+	}
+	marks, err := originTags(t.origin)
+	if err != nil {
+		return nil, err
+	}
+	for _, tag := range marks {
 		args = append(args, "--addtag", tag)
 	}
 	if s := t.of.snapshot; s != nil {
@@ -343,6 +351,9 @@ func (t *target) commit(ctx context.Context) error {
 		}
 		return err
 	}
+	renamed := *t.volume
+	renamed.name = t.place.name
+	t.volume = &renamed
 	var marks []string
 	for _, tag := range t.volume.tags {
 		if _, is := single([]string{tag}, tagRestore); is {
@@ -368,6 +379,7 @@ func (t *target) Abort(ctx context.Context) error {
 	t.closeDisk()
 	var err error
 	if !t.overwrite {
+		t.origin = adapters.Origin{}
 		if err = t.adapter.remove(ctx, t.place.group, t.volume); err != nil {
 			err = fmt.Errorf("volume %s: giving the restore up: %w", t.place.id, err)
 		}
@@ -392,12 +404,13 @@ func (t *target) closeDisk() {
 	}
 }
 
-// release closes everything, and deactivates a volume that was activated to be overwritten.
+// release closes everything, and deactivates a volume that was activated to be overwritten, or is made for somebody, who
+// will activate it.
 func (t *target) release() error {
 	t.closed = true
 	t.closeDisk()
 	var err error
-	if t.activated && t.overwrite {
+	if t.volume != nil && (t.activated && t.overwrite || t.origin.Name != "") {
 		ctx, cancel := context.WithTimeout(context.Background(), releasePatience)
 		defer cancel()
 		err = t.adapter.stop(ctx, t.place.group, t.volume)
