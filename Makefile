@@ -28,6 +28,9 @@ LDFLAGS     := -s -w -X main.version=$(VERSION)
 # Packages whose tests run in a guest (package integration/vm), and once more with its newer kernel.
 IN_GUESTS   := ./integration/vm ./integration/thin ./adapters/lvmthin
 
+# The packages whose tests take longest. They begin first, so that none of them is alone at the end.
+LONGEST     := ./integration/thin ./agent/backup ./adapters/lvmthin ./agent/repository
+
 # With the race detector; not within scrypt, which has no goroutines and turns every passphrase into a key eight times as
 # slowly under it.
 RACE        := -race -gcflags=golang.org/x/crypto/scrypt=-race=false
@@ -39,6 +42,7 @@ QUICK       := testing
 # What the demo's volumes are on: reflink or lvm-thin.
 BACKEND     := reflink
 
+# Tests are run without a vet of their own (-vet=off): lint has had the whole of it.
 .PHONY: build ceph demo check lint lint-ceph test soak versitygw bench clean
 
 build:
@@ -56,7 +60,7 @@ demo:
 	@go run ./integration/demo -backend $(BACKEND)
 
 check: lint
-	go test -short ./...
+	go test -vet=off -short ./...
 
 lint:
 	@./packages.sh $(COMPILER)
@@ -72,7 +76,7 @@ lint-ceph:
 test: lint lint-ceph versitygw
 	@./packages.sh $(FILESYSTEMS) $(CEPH) $(THIN) $(GUEST)
 	@go run ./integration/vm/fetch uml-newer
-	go test -vet=off $(RACE) -tags $(CEPH_TAGS),$(QUICK) -timeout 40m ./...
+	go test -vet=off $(RACE) -tags $(CEPH_TAGS),$(QUICK) -timeout 40m $(LONGEST) ./...
 	STILLPOINT_VM=uml-newer go test -vet=off $(RACE) -tags $(QUICK) -timeout 40m $(IN_GUESTS)
 
 soak:

@@ -2,7 +2,6 @@
 package child
 
 import (
-	"cmp"
 	"fmt"
 	"os"
 	"os/exec"
@@ -27,7 +26,11 @@ func Program(dir string) (string, error) {
 		return os.Executable()
 	}
 	path := filepath.Join(dir, "child")
-	out, err := exec.Command("go", "test", "-c", "-tags", cmp.Or(settings["-tags"], ","), "-o", path, ".").CombinedOutput()
+	args := []string{"test", "-c", "-o", path}
+	if tags := settings["-tags"]; tags != "" {
+		args = append(args, "-tags", tags)
+	}
+	out, err := exec.Command("go", append(args, ".")...).CombinedOutput()
 	if err != nil {
 		return "", fmt.Errorf("building the child: %w\n%s", err, out)
 	}
