@@ -137,7 +137,7 @@ func (a *Adapter) Attach(ctx context.Context, id adapters.VolumeID) (node string
 		if err != nil || d != nil {
 			return err
 		}
-		return a.images.switchTo(ctx, "-ay", v.group, v.volume)
+		return a.switchTo(ctx, "-ay", v.group, v.volume)
 	})
 	return node, err
 }
@@ -154,7 +154,7 @@ func (a *Adapter) Detach(ctx context.Context, id adapters.VolumeID) error {
 		case d.users > 0:
 			return inUse(d, d.users)
 		}
-		return a.images.switchTo(ctx, "-an", v.group, v.volume)
+		return a.switchTo(ctx, "-an", v.group, v.volume)
 	})
 	if fault.KindOf(err) == fault.NotFound {
 		return nil

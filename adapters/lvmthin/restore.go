@@ -126,13 +126,12 @@ func (t *target) openNew(ctx context.Context, token string) error {
 	case size != strconv.FormatInt(t.size, 10):
 		return fault.Errorf(fault.Invalid, "this restore was begun with %s bytes, not %d; use another token", size, t.size)
 	}
-	if err := t.claim(ctx, l); err != nil {
-		return err
-	}
-	return t.complete(ctx)
+	return t.claim(ctx, l)
 }
 
-// create makes the hidden volume.
+// create makes the hidden volume. LVM neither activates it now nor after a reboot, for it will soon hold the UUIDs of
+// another volume: claim activates it, without udev's looking into it. The rename at the end has LVM resume it like any
+// volume, and udev look.
 func (t *target) create(ctx context.Context, name string) (*logical, error) {
 	g := t.place.group
 	pool, err := t.poolOfNew()
@@ -147,7 +146,7 @@ func (t *target) create(ctx context.Context, name string) (*logical, error) {
 	if err != nil {
 		return nil, err
 	}
-	args := []string{"lvcreate", "-q", "-y", "-kn", "-n", name, "--addtag", tagSize + strconv.FormatInt(t.size, 10)}
+	args := []string{"lvcreate", "-q", "-y", "-ky", "-n", name, "--addtag", tagSize + strconv.FormatInt(t.size, 10)}
 	for _, tag := range split(tagRestore, t.place.name) {
 		args = append(args, "--addtag", tag)
 	}
@@ -223,10 +222,13 @@ func (t *target) claim(ctx context.Context, l *logical) (err error) {
 	if pl.zeroes && pl.discards != "ignore" {
 		t.chunk = pl.chunk
 	}
+	if err := t.complete(ctx); err != nil {
+		return err
+	}
 	uuid := mapperUUID(g.id, l.id, "")
 	d, err := a.mapper.find(uuid)
 	if err == nil && d == nil {
-		if err = a.images.switchTo(ctx, "-ay", g, l); err == nil {
+		if err = a.start(ctx, g, l); err == nil {
 			t.activated = true
 			d, err = a.mapper.find(uuid)
 		}
@@ -364,7 +366,7 @@ func (t *target) commit(ctx context.Context) error {
 			marks = append(marks, tag)
 		}
 	}
-	return t.adapter.changeTags(ctx, g, t.volume, marks, nil)
+	return t.adapter.changeTags(ctx, g, t.volume, marks, nil, "-kn")
 }
 
 // Abort removes what was not committed.
@@ -411,7 +413,7 @@ func (t *target) release() error {
 	if t.volume != nil && (t.activated && t.overwrite || t.origin.Name != "") {
 		ctx, cancel := context.WithTimeout(context.Background(), releasePatience)
 		defer cancel()
-		err = t.adapter.images.switchTo(ctx, "-an", t.place.group, t.volume)
+		err = t.adapter.stop(ctx, t.place.group, t.volume)
 	}
 	if t.lock != nil {
 		os.Remove(t.lock.Name())
