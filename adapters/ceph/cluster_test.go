@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -27,6 +28,10 @@ var (
 	running *ceph.Cluster
 	keyring string // the path of the limited user's
 	admin   *rados.Conn
+
+	fsKeyring string // of the limited user of CephFS
+	user      *mount // the administrator's, once a test wanted it
+	userOnce  sync.Once
 )
 
 const testUser = "stillpoint"
@@ -44,7 +49,7 @@ func withCluster(m *testing.M) (code int) {
 		return 1
 	}
 	var err error
-	if running, err = ceph.Start(ctx, ceph.Options{}); err != nil {
+	if running, err = ceph.Start(ctx, ceph.Options{Files: true}); err != nil {
 		return fail(err)
 	}
 	defer func() {
@@ -52,13 +57,18 @@ func withCluster(m *testing.M) (code int) {
 			code = fail(err)
 		}
 	}()
-	key, err := running.User(ctx, testUser)
-	if err != nil {
-		return fail(err)
-	}
-	keyring = filepath.Join(filepath.Dir(running.Conf), "user-keyring")
-	if err := os.WriteFile(keyring, fmt.Appendf(nil, "[client.%s]\n\tkey = %s\n", testUser, key), 0o600); err != nil {
-		return fail(err)
+	for user, at := range map[string]struct {
+		path *string
+		key  func(context.Context, string) (string, error)
+	}{testUser: {&keyring, running.User}, fsUser: {&fsKeyring, running.FilesUser}} {
+		key, err := at.key(ctx, user)
+		if err != nil {
+			return fail(err)
+		}
+		*at.path = filepath.Join(filepath.Dir(running.Conf), user+".keyring")
+		if err := os.WriteFile(*at.path, fmt.Appendf(nil, "[client.%s]\n\tkey = %s\n", user, key), 0o600); err != nil {
+			return fail(err)
+		}
 	}
 	if admin, err = connectAdmin(); err != nil {
 		return fail(err)
@@ -72,6 +82,12 @@ func withCluster(m *testing.M) (code int) {
 	if err := rbd.NamespaceCreate(io, "twin"); err != nil {
 		return fail(err)
 	}
+	defer func() {
+		if user != nil {
+			user.lib.Unmount()
+			user.lib.Release()
+		}
+	}()
 	return m.Run()
 }
 

@@ -196,6 +196,7 @@ again() {
 healthy() { timeout 20 ceph health 2>/dev/null | grep -q HEALTH_OK; }
 osdactive() { timeout 20 ceph --admin-daemon "$DIR"/run/osd.0.*.asok status | grep -q '"state": "active"'; }
 mdsup() { timeout 20 ceph mds stat 2>/dev/null | grep -q 'up:active'; }
+volumesup() { timeout 20 ceph fs volume ls; }
 rgwup() { (exec 3<>"/dev/tcp/127.0.0.1/$RGW_PORT") 2>/dev/null; }
 
 case $CMD in
@@ -203,6 +204,7 @@ start)
     trap 'rc=$?; [ $rc = 0 ] || { tail -n 4 "$DIR"/log/*.log >&2; signal KILL client.rgw.a mds.a osd.0 mgr.x mon.a; say "start failed ($rc), daemons killed" >&2; }' EXIT
     if [ -e "$DIR/made" ]; then again; else fresh; fi
     [ "$MDS" != 1 ] || wait_for 60 "mds active" mdsup
+    [ "$MDS" != 1 ] || wait_for 60 "volumes module" volumesup
     [ "$RGW" != 1 ] || wait_for 60 "rgw listening" rgwup
     wait_for 90 "HEALTH_OK" healthy || { ceph health detail; exit 1; }
     ;;

@@ -174,7 +174,18 @@ func stopped(pid int) error {
 
 // User makes a cephx user with the capabilities that Ceph's profile for RBD gives, and returns its key.
 func (c *Cluster) User(ctx context.Context, name string) (key string, err error) {
-	cmd := c.Command(ctx, "ceph", "auth", "get-or-create-key", "client."+name, "mon", "profile rbd", "osd", "profile rbd", "mgr", "profile rbd")
+	return c.user(ctx, name, "mon", "profile rbd", "osd", "profile rbd", "mgr", "profile rbd")
+}
+
+// FilesUser makes a cephx user that may read, write and snapshot the filesystem, make and remove subvolumes, and keep records
+// beside it in the namespace stillpoint, and returns its key.
+func (c *Cluster) FilesUser(ctx context.Context, name string) (key string, err error) {
+	return c.user(ctx, name, "mon", "allow r fsname=cephfs", "mds", "allow rws fsname=cephfs", "mgr", "allow module volumes rw",
+		"osd", "allow rw tag cephfs data=cephfs, allow rwx pool=cephfs_metadata namespace=stillpoint")
+}
+
+func (c *Cluster) user(ctx context.Context, name string, caps ...string) (key string, err error) {
+	cmd := c.Command(ctx, "ceph", append([]string{"auth", "get-or-create-key", "client." + name}, caps...)...)
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()

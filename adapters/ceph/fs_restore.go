@@ -1,0 +1,594 @@
+//go:build ceph && cgo
+
+package ceph
+
+import (
+	"context"
+	"crypto/rand"
+	"fmt"
+	"math"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/ceph/go-ceph/cephfs"
+	fsadmin "github.com/ceph/go-ceph/cephfs/admin"
+
+	"stillpoint.io/stillpoint/adapters"
+	"stillpoint.io/stillpoint/fault"
+)
+
+// site is where a tree grows, and where it goes at last.
+type site struct{ tmp, final string }
+
+// BeginTree makes the place of a tree: within a new subvolume, or beside a directory that is to be.
+func (a *FSAdapter) BeginTree(ctx context.Context, spec adapters.TreeSpec) (adapters.TreeTarget, error) {
+	if spec.Token == "" {
+		return nil, fault.Errorf(fault.Invalid, "volume %s: a restore needs a token", spec.ID)
+	}
+	t, err := callFS(ctx, a, spec.ID, "", func(one *call, m *mount, name treeName) (*treeTarget, error) {
+		l, err := m.lock(name)
+		if err != nil {
+			return nil, err
+		}
+		t := &treeTarget{adapter: a, name: name, lease: l, writes: map[*call]struct{}{}}
+		one.onAbandon(l.release)
+		if t.site, err = m.begin(name); err != nil {
+			return nil, err
+		}
+		t.left, err = m.clearSite(one, t.tmp)
+		return t, err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return t, nil
+}
+
+// restoringUser owns the data of a subvolume that a restore has made and not yet filled: nobody else makes such a one.
+const (
+	restoringUser = 0x53746c6c
+	restoringMode = 0o1000
+)
+
+func isRestoring(n node) bool {
+	return n.uid == restoringUser && uint32(n.mode)&0o7777 == restoringMode
+}
+
+// begin finds or makes the place of a tree. Busy if the volume is there.
+func (m *mount) begin(name treeName) (site, error) {
+	if name.dir != "" {
+		if _, err := m.stat(name.dir); err == nil {
+			return site{}, fault.Errorf(fault.Busy, "it exists; choose another name")
+		} else if !isAbsent(err) {
+			return site{}, err
+		}
+		parent, _ := splitPath(name.dir)
+		if st, err := m.stat(below(parent, "")); parent != "" && (err != nil || !st.isDirectory()) {
+			return site{}, fault.Errorf(fault.NotFound, "there is no directory %s to restore into: %v", parent, err)
+		}
+		return site{below(parent, "/"+growing+"-"+adapters.ShortName(name.String())), name.dir}, nil
+	}
+	if _, err := m.stat(name.top()); isAbsent(err) {
+		o := &fsadmin.SubVolumeOptions{Mode: restoringMode, Uid: restoringUser, Gid: restoringUser}
+		if err := fsadmin.NewFromConn(m.connection.rados).CreateSubVolume(name.fs, name.mgrGroup(), name.subvolume, o); err != nil {
+			if isAbsent(err) {
+				err = fault.Errorf(fault.NotFound, "%w; make its group first: `ceph fs subvolumegroup create %s %s`", err, name.fs, name.group)
+			}
+			return site{}, err
+		}
+	} else if err != nil {
+		return site{}, err
+	}
+	d, err := m.describe(name, name.top())
+	if err != nil {
+		return site{}, err
+	}
+	st, err := m.stat(below(name.top(), d.data))
+	if err == nil && (d.data == "" || !isRestoring(st)) {
+		err = fault.Errorf(fault.Busy, "it exists; choose another name")
+	}
+	return site{below(name.top(), growing), below(name.top(), d.data)}, err
+}
+
+// clearSite makes the root of a tree, and puts aside what a dead process left there.
+func (m *mount) clearSite(one *call, tmp string) (*leftTree, error) {
+	for {
+		err := m.lib.MakeDir(tmp, 0o700)
+		if err == nil || errnoOf(err) != syscall.EEXIST {
+			return nil, err
+		}
+		st, err := m.stat(tmp)
+		if err != nil {
+			return nil, err
+		}
+		if st.isDirectory() && st.uid == 0 && uint32(st.mode)&0o7777 == 0o700 {
+			return m.setAside(one, tmp)
+		}
+		if err := m.removeAll(one, tmp); err != nil { // others may have come below it
+			return nil, err
+		}
+	}
+}
+
+// treeTarget is a tree being made.
+type treeTarget struct {
+	site
+	adapter *FSAdapter
+	name    treeName
+	lease   *lease
+	left    *leftTree
+	self    *adapters.Entry // describes the root, at last
+
+	mu     sync.RWMutex // held for reading by all that make something, so that closing waits for them
+	closed bool
+
+	writesMu sync.Mutex
+	writes   map[*call]struct{} // under way
+}
+
+func (t *treeTarget) what() string { return "volume " + t.name.id(t.adapter.backend).String() }
+
+// inTarget calls do with a path's place in the filesystem. It passes through directories only.
+func inTarget[T any](ctx context.Context, t *treeTarget, path string, do func(one *call, m *mount, at string) (T, error)) (T, error) {
+	var none T
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	err := checkTreePath(path)
+	if t.closed {
+		err = fault.Errorf(fault.Invalid, "the target is closed")
+	}
+	if err == nil {
+		err = t.lease.lost()
+	}
+	if err != nil {
+		return none, fault.Errorf(fault.KindOf(err), "%s: %q: %w", t.what(), path, err)
+	}
+	return callMounted(ctx, t.adapter, t.name.fs, fmt.Sprintf("%s: %q", t.what(), path), func(one *call, m *mount) (T, error) {
+		if dir, _ := splitPath(path); dir != "" {
+			if st, err := m.walk(t.tmp, dir); err != nil {
+				return none, err
+			} else if !st.isDirectory() {
+				return none, libError(syscall.ENOTDIR)
+			}
+		}
+		return do(one, m, below(t.tmp, path))
+	})
+}
+
+// make is inTarget for what is new. What is there already is Busy.
+func (t *treeTarget) make(ctx context.Context, path string, do func(m *mount, at string) error) error {
+	_, err := inTarget(ctx, t, path, func(_ *call, m *mount, at string) (none, error) {
+		if path == "" {
+			return none{}, libError(syscall.EEXIST)
+		}
+		return none{}, do(m, at)
+	})
+	return err
+}
+
+// Mkdir makes a directory.
+func (t *treeTarget) Mkdir(ctx context.Context, path string) error {
+	return t.make(ctx, path, func(m *mount, at string) error { return m.lib.MakeDir(at, 0o700) })
+}
+
+// Symlink makes a symbolic link.
+func (t *treeTarget) Symlink(ctx context.Context, path, target string) error {
+	if target == "" || len(target) > 4095 {
+		return fault.Errorf(fault.Invalid, "%s: %q: a link's target has 1 to 4095 bytes, not %d", t.what(), path, len(target))
+	}
+	return t.make(ctx, path, func(m *mount, at string) error { return m.lib.Symlink(target, at) })
+}
+
+// Special makes a pipe, a socket or a device.
+func (t *treeTarget) Special(ctx context.Context, path string, kind adapters.FileType, d adapters.Device) error {
+	return t.make(ctx, path, func(m *mount, at string) error {
+		switch kind {
+		case adapters.Fifo, adapters.Socket, adapters.CharDevice, adapters.BlockDevice:
+		default:
+			return fault.Errorf(fault.Invalid, "a %s is nothing special", kind)
+		}
+		if d > math.MaxUint32 {
+			return fault.Errorf(fault.Invalid, "CephFS keeps no device with the number %d", d)
+		}
+		for mode, k := range fileTypes {
+			if k == kind {
+				return makeNode(m.raw, at, mode|0o600, uint64(d))
+			}
+		}
+		return libError(syscall.EINVAL)
+	})
+}
+
+// Link gives a file another name.
+func (t *treeTarget) Link(ctx context.Context, old, path string) error {
+	if err := checkTreePath(old); err != nil {
+		return err
+	}
+	return t.make(ctx, path, func(m *mount, at string) error {
+		st, err := m.walk(t.tmp, old)
+		if err == nil && st.isDirectory() {
+			err = fault.Errorf(fault.Invalid, "%q is a directory, which has one name", old)
+		}
+		if err != nil {
+			return err
+		}
+		return m.lib.Link(below(t.tmp, old), at)
+	})
+}
+
+// Describe sets owner, mode, attributes and time. Those of the root are set by Commit.
+func (t *treeTarget) Describe(ctx context.Context, path string, e adapters.Entry) error {
+	if s := e.Modified.Unix(); s < 0 || s > math.MaxUint32 {
+		return fault.Errorf(fault.Invalid, "%s: %q: CephFS keeps times from 1970 to 2106, and not %v", t.what(), path, e.Modified)
+	}
+	_, err := inTarget(ctx, t, path, func(_ *call, m *mount, at string) (none, error) {
+		if path == "" {
+			t.self = &e
+			return none{}, nil
+		}
+		return none{}, m.dress(at, e)
+	})
+	return err
+}
+
+// dress sets owner, mode, attributes and time of what is at a path, in this order: a change of the owner takes set-user-id
+// bits and capabilities away, and an access control list shows in the mode.
+func (m *mount) dress(at string, e adapters.Entry) error {
+	if err := setOwner(m.raw, at, e.UID, e.GID); err != nil {
+		return err
+	}
+	link := e.Type == adapters.Symlink
+	if err := setModeAndTime(m.raw, at, e.Mode&0o7777, !link, e.Modified); err != nil {
+		return err
+	}
+	if err := m.setAttributes(at, e.Attributes); err != nil {
+		return err
+	}
+	return setModeAndTime(m.raw, at, 0, false, e.Modified)
+}
+
+// setAttributes makes the attributes of what is at a path these, and no others.
+func (m *mount) setAttributes(at string, want []adapters.Attribute) error {
+	names, err := m.lib.LlistXattr(at)
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		if isKeptAttribute(name) && !hasAttribute(want, name) {
+			if err := m.lib.LremoveXattr(at, name); err != nil && errnoOf(err) != syscall.ENODATA {
+				return fmt.Errorf("removing the attribute %s: %w", name, err)
+			}
+		}
+	}
+	for _, a := range want {
+		if err := setAttribute(m.raw, at, a.Name, a.Value); err != nil {
+			return fmt.Errorf("setting the attribute %q: %w", a.Name, err)
+		}
+	}
+	return nil
+}
+
+// Create makes a regular file, or takes over one that a dead process left.
+func (t *treeTarget) Create(ctx context.Context, path string, size int64) (adapters.FileTarget, error) {
+	if size < 0 {
+		return nil, fault.Errorf(fault.Invalid, "%s: %q: a file of %d bytes", t.what(), path, size)
+	}
+	f, err := inTarget(ctx, t, path, func(one *call, m *mount, at string) (*treeFile, error) {
+		if path == "" {
+			return nil, libError(syscall.EEXIST)
+		}
+		f := &treeFile{target: t, path: path, size: size, openFile: openFile{mount: m}}
+		taken, err := t.left.take(m, path, size, at)
+		if err == nil && !taken {
+			f.lib, err = m.lib.Open(at, syscall.O_CREAT|syscall.O_EXCL|syscall.O_RDWR|syscall.O_NOFOLLOW, 0o600)
+			f.fresh = true
+		} else if err == nil {
+			f.lib, err = m.lib.Open(at, syscall.O_RDWR|syscall.O_NOFOLLOW, 0)
+		}
+		if err != nil {
+			return nil, err
+		}
+		m.hold()
+		one.onAbandon(func() { f.shut() })
+		if f.fresh && size > 0 {
+			err = f.lib.Truncate(size)
+		}
+		return f, err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return f, nil
+}
+
+// treeFile is a file being filled.
+type treeFile struct {
+	openFile
+	target *treeTarget
+	path   string
+	size   int64
+	fresh  bool
+}
+
+func (f *treeFile) Fresh() bool  { return f.fresh }
+func (f *treeFile) Close() error { return f.close() }
+
+// within checks a range, and that the target may be written to.
+func (f *treeFile) within(off, length int64) error {
+	if off < 0 || length < 0 || off > f.size-length {
+		return fault.Errorf(fault.Invalid, "%s: %q: %d bytes at %d are not within the file's %d", f.target.what(), f.path, length, off, f.size)
+	}
+	return f.target.lease.lost()
+}
+
+func (f *treeFile) failure(err error, began time.Time, doing string, off int64) error {
+	if err == nil {
+		return nil
+	}
+	return f.target.adapter.cluster.fsFailure(err, began, "%s: %q: %s at %d", f.target.what(), f.path, doing, off)
+}
+
+// WriteAt writes, in pieces. What a call writes is a copy: a call that is abandoned writes whenever it likes.
+func (f *treeFile) WriteAt(ctx context.Context, p []byte, off int64) error {
+	if err := f.within(off, int64(len(p))); err != nil {
+		return err
+	}
+	began := time.Now()
+	for len(p) > 0 {
+		want := min(len(p), pieceMax)
+		b := pieces.Get().(*[pieceMax]byte)
+		copy(b[:want], p)
+		_, err := use(ctx, &f.openFile, func(one *call) (none, error) {
+			f.target.writing(one)
+			one.later(func() { pieces.Put(b) })
+			for n := 0; n < want; {
+				w, err := f.lib.WriteAt(b[n:want], off+int64(n))
+				if err == nil && w == 0 {
+					err = libError(syscall.EIO)
+				}
+				if err != nil {
+					return none{}, err
+				}
+				n += w
+			}
+			return none{}, nil
+		})
+		if err != nil {
+			return f.failure(err, began, "writing", off)
+		}
+		p, off = p[want:], off+int64(want)
+	}
+	return nil
+}
+
+// ReadAt reads what the file holds.
+func (f *treeFile) ReadAt(ctx context.Context, p []byte, off int64) error {
+	if err := f.within(off, int64(len(p))); err != nil {
+		return err
+	}
+	began := time.Now()
+	return f.failure(f.read(ctx, p, off), began, "reading", off)
+}
+
+// Zero makes a hole.
+func (f *treeFile) Zero(ctx context.Context, off, length int64) error {
+	if err := f.within(off, length); err != nil || length == 0 {
+		return err
+	}
+	began := time.Now()
+	_, err := use(ctx, &f.openFile, func(one *call) (none, error) {
+		f.target.writing(one)
+		return none{}, f.lib.Fallocate(cephfs.FallocFlPunchHole|cephfs.FallocFlKeepSize, off, length)
+	})
+	return f.failure(err, began, "zeroing", off)
+}
+
+// writing notes a write until it has ended.
+func (t *treeTarget) writing(one *call) {
+	t.writesMu.Lock()
+	defer t.writesMu.Unlock()
+	t.writes[one] = struct{}{}
+	one.later(func() {
+		t.writesMu.Lock()
+		defer t.writesMu.Unlock()
+		delete(t.writes, one)
+	})
+}
+
+// settled is nil if no write that was abandoned is on its way.
+func (t *treeTarget) settled() error {
+	t.writesMu.Lock()
+	defer t.writesMu.Unlock()
+	for one := range t.writes {
+		if one.isAbandoned() {
+			return fault.Errorf(fault.Unavailable, "a write that was given up may still arrive; try again when Ceph answers")
+		}
+	}
+	return t.lease.lost()
+}
+
+// Commit makes everything durable and moves the tree to its place.
+func (t *treeTarget) Commit(ctx context.Context) (adapters.Volume, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.closed {
+		return adapters.Volume{}, fault.Errorf(fault.Invalid, "%s: committed after the target was closed", t.what())
+	}
+	defer t.release()
+	err := t.long(ctx, "finishing the restore", func(one *call, m *mount) error {
+		if err := t.settled(); err != nil {
+			return err
+		}
+		if err := t.left.remove(one, m); err != nil {
+			return err
+		}
+		if err := m.lib.SyncFs(); err != nil {
+			return err
+		}
+		if t.self != nil { // as late as that: until now, nobody else comes below it
+			if err := m.dress(t.tmp, *t.self); err != nil {
+				return err
+			}
+		}
+		st, err := m.stat(t.final)
+		switch {
+		case err == nil && (t.name.dir != "" || !isRestoring(st)):
+			return fault.Errorf(fault.Busy, "somebody else made it meanwhile; choose another name")
+		case err != nil && (t.name.dir == "" || !isAbsent(err)):
+			return err
+		}
+		if err := one.wanted(); err != nil {
+			return err
+		}
+		if err := m.lib.Rename(t.tmp, t.final); err != nil {
+			return err
+		}
+		return m.lib.SyncFs()
+	})
+	return t.adapter.volume(t.name), err
+}
+
+// long makes a call that takes as long as the tree is large.
+func (t *treeTarget) long(ctx context.Context, doing string, f func(*call, *mount) error) error {
+	began := time.Now()
+	_, err := doLong(ctx, t.adapter.cluster.calls, func(one *call) (none, error) {
+		m, err := t.adapter.mounts.get(one, t.name.fs)
+		if err == nil {
+			err = f(one, m)
+		}
+		return none{}, err
+	})
+	if err != nil {
+		return t.adapter.cluster.fsFailure(err, began, "%s: %s", t.what(), doing)
+	}
+	return nil
+}
+
+// Abort removes what was made.
+func (t *treeTarget) Abort(ctx context.Context) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.closed {
+		return nil
+	}
+	defer t.release()
+	return t.long(ctx, "giving the restore up", func(one *call, m *mount) error {
+		if err := m.removeAll(one, t.tmp); err != nil || t.name.dir != "" {
+			return err
+		}
+		return ignore(fsadmin.NewFromConn(m.connection.rados).RemoveSubVolume(t.name.fs, t.name.mgrGroup(), t.name.subvolume))
+	})
+}
+
+// Close leaves what was made to the next BeginTree.
+func (t *treeTarget) Close() error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if !t.closed {
+		t.release()
+	}
+	return nil
+}
+
+func (t *treeTarget) release() {
+	t.closed = true
+	t.lease.release()
+}
+
+// lease is the lock of a restore. It lapses when nobody renews it: so does a dead process's.
+type lease struct {
+	mount  *mount
+	name   string
+	cookie string
+	stop   context.CancelFunc
+	ended  chan struct{}
+
+	mu  sync.Mutex
+	err error
+}
+
+const (
+	leaseTime  = 20 * time.Second
+	leaseRenew = leaseTime / 4
+	mayRenew   = byte(1) // LIBRADOS_LOCK_FLAG_RENEW
+)
+
+// lock locks the restore of a volume. Busy if somebody else has.
+func (m *mount) lock(name treeName) (*lease, error) {
+	ctx, stop := context.WithCancel(context.Background())
+	l := &lease{mount: m, name: name.String(), cookie: rand.Text(), stop: stop, ended: make(chan struct{})}
+	if err := l.take(0); err != nil {
+		stop()
+		return nil, err
+	}
+	m.hold()
+	go func() {
+		defer close(l.ended)
+		l.renew(ctx)
+	}()
+	return l, nil
+}
+
+func (l *lease) take(flags byte) error {
+	io, err := l.mount.records()
+	if err != nil {
+		return err
+	}
+	defer io.Destroy()
+	r, err := io.LockExclusive(restoresObject, l.name, l.cookie, "stillpoint", leaseTime, &flags)
+	if err == nil && r != 0 {
+		err = fault.Errorf(fault.Busy, "this restore is under way in another process, or elsewhere in this one; what a process leaves that dies is free after %v", leaseTime)
+	}
+	return err
+}
+
+// renew renews the lock until it is stopped, or the lock is lost.
+func (l *lease) renew(ctx context.Context) {
+	ticks := time.NewTicker(leaseRenew)
+	defer ticks.Stop()
+	for last := time.Now(); ; {
+		select {
+		case <-ticks.C:
+		case <-ctx.Done():
+			return
+		}
+		now := time.Now()
+		err := l.take(mayRenew)
+		if err == nil {
+			last = now
+			continue
+		}
+		if fault.KindOf(err) == fault.Busy || time.Since(last) > leaseTime-leaseRenew {
+			l.mu.Lock()
+			l.err = fault.Errorf(fault.Unavailable, "the restore's lock was lost; begin it again: %w", err)
+			l.mu.Unlock()
+			return
+		}
+	}
+}
+
+// lost is nil as long as the lock is held.
+func (l *lease) lost() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.err
+}
+
+// release gives the lock back. A call that hangs does that later.
+func (l *lease) release() {
+	l.stop()
+	ctx, cancel := context.WithTimeout(context.Background(), closePatience)
+	defer cancel()
+	run(ctx, l.mount.connection.cluster.calls, func(*call) (none, error) {
+		<-l.ended
+		defer l.mount.release()
+		io, err := l.mount.records()
+		if err != nil {
+			return none{}, err
+		}
+		defer io.Destroy()
+		_, err = io.Unlock(restoresObject, l.name, l.cookie)
+		return none{}, err
+	})
+}
