@@ -32,6 +32,23 @@ package ceph
 // 		ceph_free_snap_info_buffer(&info);
 // 	return 0;
 // }
+//
+// // link_node is linkat(2), which ceph_link() is not: that one follows a symbolic link at the old name.
+// static int link_node(struct ceph_mount_info *m, const char *old, const char *dir, const char *name) {
+// 	struct Inode *in = NULL, *to = NULL;
+// 	struct ceph_statx stx;
+// 	UserPerm *perms = ceph_mount_perms(m);
+// 	int r = ceph_ll_walk(m, old, &in, &stx, CEPH_STATX_INO, AT_SYMLINK_NOFOLLOW, perms);
+// 	if (r == 0)
+// 		r = ceph_ll_walk(m, dir, &to, &stx, CEPH_STATX_INO, AT_SYMLINK_NOFOLLOW, perms);
+// 	if (r == 0)
+// 		r = ceph_ll_link(m, in, to, name, perms);
+// 	if (in)
+// 		ceph_ll_put(m, in);
+// 	if (to)
+// 		ceph_ll_put(m, to);
+// 	return r;
+// }
 import "C"
 
 import (
@@ -111,6 +128,18 @@ func makeNode(m rawMount, path string, mode uint32, device uint64) error {
 	cPath, freePath := cString(path)
 	defer freePath()
 	return libErr(C.ceph_mknod(m, cPath, C.mode_t(mode), C.dev_t(device)))
+}
+
+// linkNode gives what is at a path, itself if it is a link, another name.
+func linkNode(m rawMount, old, path string) error {
+	dir, name := splitPath(path)
+	cOld, freeOld := cString(old)
+	defer freeOld()
+	cDir, freeDir := cString(dir + "/")
+	defer freeDir()
+	cName, freeName := cString(name)
+	defer freeName()
+	return libErr(C.link_node(m, cOld, cDir, cName))
 }
 
 // setOwner and setModeAndTime set what is at a path, itself if it is a link. They are two steps: a change of the owner takes

@@ -213,7 +213,7 @@ func (t *treeTarget) Link(ctx context.Context, old, path string) error {
 		if err != nil {
 			return err
 		}
-		return m.lib.Link(below(t.tmp, old), at)
+		return linkNode(m.raw, below(t.tmp, old), at)
 	})
 }
 

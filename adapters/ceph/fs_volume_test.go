@@ -158,11 +158,22 @@ func testRemove(m *mount, path string) error {
 	return err
 }
 
+func wrap(err error, what string, paths ...string) error {
+	if err != nil {
+		err = fmt.Errorf("%s %q: %w", what, paths, err)
+	}
+	return err
+}
+
 func (v *liveTree) at(path string) string { return below(v.root, path) }
 
-func (v *liveTree) ID() adapters.VolumeID    { return v.name.id("f") }
-func (v *liveTree) Mkdir(path string) error  { return v.lib.MakeDir(v.at(path), 0o700) }
-func (v *liveTree) Remove(path string) error { return testRemove(v.mount, v.at(path)) }
+func (v *liveTree) ID() adapters.VolumeID { return v.name.id("f") }
+func (v *liveTree) Mkdir(path string) error {
+	return wrap(v.lib.MakeDir(v.at(path), 0o700), "mkdir", path)
+}
+func (v *liveTree) Remove(path string) error {
+	return wrap(testRemove(v.mount, v.at(path)), "remove", path)
+}
 
 func (v *liveTree) Write(path string, p []byte, off int64) error {
 	f, err := v.lib.Open(v.at(path), os.O_RDWR|os.O_CREATE|syscall.O_NOFOLLOW, 0o600)
@@ -174,16 +185,22 @@ func (v *liveTree) Write(path string, p []byte, off int64) error {
 		w, err = f.WriteAt(p[n:], off+int64(n))
 		n += w
 	}
-	return first(err, f.Close())
+	return wrap(first(err, f.Close()), "write", path)
 }
 
 func (v *liveTree) Truncate(path string, size int64) error {
-	return v.lib.Truncate(v.at(path), size)
+	return wrap(v.lib.Truncate(v.at(path), size), "truncate", path)
 }
 
-func (v *liveTree) Symlink(path, target string) error { return v.lib.Symlink(target, v.at(path)) }
-func (v *liveTree) Link(old, path string) error       { return v.lib.Link(v.at(old), v.at(path)) }
-func (v *liveTree) Rename(old, path string) error     { return v.lib.Rename(v.at(old), v.at(path)) }
+func (v *liveTree) Symlink(path, target string) error {
+	return wrap(v.lib.Symlink(target, v.at(path)), "symlink", path)
+}
+func (v *liveTree) Link(old, path string) error {
+	return wrap(linkNode(v.raw, v.at(old), v.at(path)), "link", old, path)
+}
+func (v *liveTree) Rename(old, path string) error {
+	return wrap(v.lib.Rename(v.at(old), v.at(path)), "rename", old, path)
+}
 
 func (v *liveTree) Special(path string, t adapters.FileType, d adapters.Device) error {
 	for mode, kind := range fileTypes {
@@ -194,7 +211,12 @@ func (v *liveTree) Special(path string, t adapters.FileType, d adapters.Device) 
 	return syscall.EINVAL
 }
 
-func (v *liveTree) Describe(path string, e adapters.Entry) error { return v.dress(v.at(path), e) }
+func (v *liveTree) Describe(path string, e adapters.Entry) error {
+	if err := v.dress(v.at(path), e); err != nil {
+		return fmt.Errorf("describing %q as %+v: %w", path, e, err)
+	}
+	return nil
+}
 
 // keepable is a time between 1970 and 2106.
 func keepable(t time.Time) time.Time {
