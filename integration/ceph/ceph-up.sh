@@ -132,6 +132,7 @@ mds data = $DIR/mds
 mds cache memory limit = 268435456
 mds beacon interval = 1
 mds tick interval = 0.5   # default 5 s: unmount, clone and subvolume rm wait for it
+mds scatter nudge interval = 0.5   # default 5 s: so long a recursive time may take to the directory above
 
 [client.rgw.a]
 rgw data = $DIR/rgw
