@@ -105,8 +105,8 @@ func callMounted[T any](ctx context.Context, a *FSAdapter, fs, what string, f fu
 			return none, err
 		}
 		v, err := f(one, m)
-		if e := errnoOf(err); e == syscall.ENOTCONN || e == syscall.ESHUTDOWN || e == syscall.ETIMEDOUT {
-			m.abort() // the metadata server has shut this client out, or an abort has
+		if isShutOut(err) {
+			m.lose()
 		}
 		return v, err
 	})
@@ -114,6 +114,12 @@ func callMounted[T any](ctx context.Context, a *FSAdapter, fs, what string, f fu
 		return v, a.cluster.fsFailure(err, began, "%s", what)
 	}
 	return v, nil
+}
+
+// isShutOut reports whether an error says that the metadata servers, or the OSDs, do not know the client any more.
+func isShutOut(err error) bool {
+	e := errnoOf(err)
+	return e == syscall.ENOTCONN || e == syscall.ESHUTDOWN
 }
 
 // fsFailure is failure with what an errno means to a filesystem.

@@ -37,8 +37,8 @@ import (
 //
 // # Never hanging
 //
-// As package ceph has it; a call to the metadata server has no limit in Ceph's library. One that was left to itself for
-// more than a second has its whole connection to the metadata servers ended, and ends with it.
+// As package ceph has it; but a call to a metadata server has no limit in Ceph's library: one that was left to itself ends when
+// a metadata server answers, the same or one that took over. Until then the backend is Unavailable, and asks for nothing more.
 
 // FS is the row of the adapter ceph-fs in the registry.
 func FS() adapters.Kind {

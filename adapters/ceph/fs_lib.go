@@ -177,6 +177,3 @@ func setAttribute(m rawMount, path, name string, value []byte) error {
 	defer C.free(cValue)
 	return libErr(C.ceph_lsetxattr(m, cPath, cName, cValue, C.size_t(len(value)), 0))
 }
-
-// abortConnection ends a mount's connections to the metadata servers: every call that waits for one fails.
-func abortConnection(m rawMount) { C.ceph_abort_conn(m) }

@@ -26,7 +26,7 @@ type mount struct {
 	fs         string
 	metadata   string // the metadata pool
 	users      int    // guarded by mounts.mu; the table of mounts is one
-	aborted    bool   // guarded by mounts.mu
+	lost       bool   // guarded by mounts.mu: the metadata servers have shut it out
 }
 
 // mounts are a backend's, one for each filesystem.
@@ -43,7 +43,7 @@ func newMounts(c *cluster) *mounts {
 	return &mounts{cluster: c, now: map[string]*mount{}, mounting: make(chan struct{}, 1)}
 }
 
-// get gives the call a mount until it has ended. If the call is abandoned and then hangs, the mount is aborted.
+// get gives the call a mount until it has ended.
 func (s *mounts) get(one *call, fs string) (*mount, error) {
 	n, err := s.cluster.connection(one)
 	if err != nil {
@@ -61,24 +61,8 @@ func (s *mounts) get(one *call, fs string) (*mount, error) {
 			return nil, err
 		}
 	}
-	m.lend(one)
-	return m, nil
-}
-
-// lend gives a mount that is held to a call.
-func (m *mount) lend(one *call) {
-	ended := make(chan struct{})
-	stop := context.AfterFunc(one.ctx, func() {
-		timer := time.NewTimer(slow)
-		defer timer.Stop()
-		select {
-		case <-ended:
-		case <-timer.C:
-			m.abort()
-		}
-	})
 	one.later(m.release)
-	one.later(func() { stop(); close(ended) })
+	return m, nil
 }
 
 // current is the mount that there is, held, if it is one of that connection. Another one is dropped.
@@ -89,7 +73,7 @@ func (s *mounts) current(n *connection, fs string) *mount {
 		s.mu.Unlock()
 		return nil
 	}
-	if m.connection == n && !m.aborted {
+	if m.connection == n && !m.lost {
 		m.users++
 		s.mu.Unlock()
 		return m
@@ -165,7 +149,7 @@ func (m *mount) hold() {
 func (m *mount) release() {
 	m.mounts.mu.Lock()
 	m.users--
-	last := m.users == 0
+	last := m.users == 0 && !m.lost
 	m.mounts.mu.Unlock()
 	if last {
 		m.lib.Unmount() // nothing can be done about an error: the metadata server forgets the client by and by
@@ -174,15 +158,12 @@ func (m *mount) release() {
 	}
 }
 
-// abort makes everything fail that waits for a metadata server. The next call mounts anew.
-func (m *mount) abort() {
+// lose makes the next call mount anew, after the metadata servers have shut the client out. Such a mount stays as it is:
+// libcephfs may end the process when it is unmounted (the assertion in Client::tear_down_cache of pacific).
+func (m *mount) lose() {
 	m.mounts.mu.Lock()
-	first := !m.aborted
-	m.aborted = true
-	m.mounts.mu.Unlock()
-	if first {
-		abortConnection(m.raw)
-	}
+	defer m.mounts.mu.Unlock()
+	m.lost = true
 }
 
 // unmountPatience is how long Close waits for the metadata servers: they confirm the end of a session when they next write

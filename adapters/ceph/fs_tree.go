@@ -441,10 +441,10 @@ func use[T any](ctx context.Context, f *openFile, do func(*call) (T, error)) (T,
 	return run(ctx, all, func(one *call) (T, error) {
 		one.later(all.leave)
 		one.later(f.done)
-		f.mount.lend(one)
+		one.later(f.mount.release)
 		v, err := do(one)
-		if e := errnoOf(err); e == syscall.ENOTCONN || e == syscall.ESHUTDOWN {
-			f.mount.abort()
+		if isShutOut(err) {
+			f.mount.lose()
 		}
 		return v, err
 	})
@@ -478,11 +478,7 @@ func (f *openFile) close() error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), closePatience)
 	defer cancel()
-	f.mount.hold()
-	_, err := run(ctx, f.mount.connection.cluster.calls, func(one *call) (none, error) {
-		f.mount.lend(one)
-		return none{}, f.shut()
-	})
+	_, err := run(ctx, f.mount.connection.cluster.calls, func(*call) (none, error) { return none{}, f.shut() })
 	if errors.Is(err, context.DeadlineExceeded) {
 		err = fault.Errorf(fault.Unavailable, "closing a file: Ceph did not answer within %v", closePatience)
 	}
