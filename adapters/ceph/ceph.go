@@ -1,4 +1,5 @@
-// Package ceph has the adapters for Ceph: ceph-rbd, whose volumes are RBD images. They call Ceph's own libraries, so they
+// Package ceph has the adapters for Ceph: ceph-rbd, whose volumes are RBD images, and ceph-fs, whose volumes are trees of files
+// in CephFS (fs_kind.go says what is its own). They call Ceph's own libraries, so they
 // are in a binary only if it was built with cgo, the headers of librados and librbd, and the build tag ceph, together
 // with the tag of Ceph's release where that is an old one (-tags ceph,pacific with the libraries of Debian 12; see the
 // README of go-ceph). In any other binary the registry's row is there all the same and says how to get the adapter.
