@@ -92,10 +92,10 @@ func (f *openFile) close() error {
 func (f *openFile) read(ctx context.Context, p []byte, off int64) error {
 	for len(p) > 0 {
 		want := min(len(p), pieceMax)
-		b, err := use(ctx, f, func(*call) (*[pieceMax]byte, error) {
-			b := pieces.Get().(*[pieceMax]byte)
+		b, err := use(ctx, f, func(*call) (*buffer, error) {
+			b := takeBuffer(want)
 			for n := 0; n < want; {
-				r, err := f.lib.ReadAt(b[n:want], off+int64(n))
+				r, err := f.lib.ReadAt(b.bytes[n:], off+int64(n))
 				if err == io.EOF || err == nil && r == 0 {
 					err = fault.Errorf(fault.Corrupt, "%d bytes instead of %d", n, want)
 				}
@@ -107,11 +107,9 @@ func (f *openFile) read(ctx context.Context, p []byte, off int64) error {
 			return b, nil
 		})
 		if err == nil {
-			copy(p, b[:want])
+			copy(p, b.bytes)
 		}
-		if b != nil {
-			pieces.Put(b)
-		}
+		b.giveBack()
 		if err != nil {
 			return err
 		}

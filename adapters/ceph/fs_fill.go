@@ -81,13 +81,13 @@ func (f *treeFile) WriteAt(ctx context.Context, p []byte, off int64) error {
 	began := time.Now()
 	for len(p) > 0 {
 		want := min(len(p), pieceMax)
-		b := pieces.Get().(*[pieceMax]byte)
-		copy(b[:want], p)
+		b := takeBuffer(want)
+		copy(b.bytes, p)
 		_, err := use(ctx, &f.openFile, func(one *call) (none, error) {
 			f.target.writing(one)
-			one.later(func() { pieces.Put(b) })
+			one.later(b.giveBack)
 			for n := 0; n < want; {
-				w, err := f.lib.WriteAt(b[n:want], off+int64(n))
+				w, err := f.lib.WriteAt(b.bytes[n:], off+int64(n))
 				if err == nil && w == 0 {
 					err = libError(syscall.EIO)
 				}

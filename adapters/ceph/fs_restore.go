@@ -16,8 +16,8 @@ import (
 	"stillpoint.io/stillpoint/fault"
 )
 
-// site is where a tree grows, and where it goes at last.
-type site struct{ tmp, final string }
+// treeSite is where a tree grows, and where it goes at last.
+type treeSite struct{ tmp, final string }
 
 // BeginTree makes the place of a tree: within a new subvolume, or beside a directory that is to be.
 func (a *FSAdapter) BeginTree(ctx context.Context, spec adapters.TreeSpec) (adapters.TreeTarget, error) {
@@ -31,7 +31,7 @@ func (a *FSAdapter) BeginTree(ctx context.Context, spec adapters.TreeSpec) (adap
 		}
 		t := &treeTarget{adapter: a, name: name, lease: l, writes: map[*call]struct{}{}}
 		one.onAbandon(l.release)
-		if t.site, err = m.begin(name); err != nil {
+		if t.treeSite, err = m.begin(name); err != nil {
 			return nil, err
 		}
 		t.left, err = m.clearSite(one, t.tmp)
@@ -54,18 +54,18 @@ func isRestoring(n node) bool {
 }
 
 // begin finds or makes the place of a tree. Busy if the volume is there.
-func (m *mount) begin(name treeName) (site, error) {
+func (m *mount) begin(name treeName) (treeSite, error) {
 	if name.dir != "" {
 		if _, err := m.stat(name.dir); err == nil {
-			return site{}, fault.Errorf(fault.Busy, "it exists; choose another name")
+			return treeSite{}, fault.Errorf(fault.Busy, "it exists; choose another name")
 		} else if !isAbsent(err) {
-			return site{}, err
+			return treeSite{}, err
 		}
 		parent, _ := splitPath(name.dir)
 		if st, err := m.stat(below(parent, "")); parent != "" && (err != nil || !st.isDirectory()) {
-			return site{}, fault.Errorf(fault.NotFound, "there is no directory %s to restore into: %v", parent, err)
+			return treeSite{}, fault.Errorf(fault.NotFound, "there is no directory %s to restore into: %v", parent, err)
 		}
-		return site{below(parent, "/"+growing+"-"+adapters.ShortName(name.String())), name.dir}, nil
+		return treeSite{below(parent, "/"+growing+"-"+adapters.ShortName(name.String())), name.dir}, nil
 	}
 	if _, err := m.stat(name.top()); isAbsent(err) {
 		o := &fsadmin.SubVolumeOptions{Mode: restoringMode, Uid: restoringUser, Gid: restoringUser}
@@ -73,20 +73,20 @@ func (m *mount) begin(name treeName) (site, error) {
 			if isAbsent(err) {
 				err = fault.Errorf(fault.NotFound, "%w; make its group first: `ceph fs subvolumegroup create %s %s`", err, name.fs, name.group)
 			}
-			return site{}, err
+			return treeSite{}, err
 		}
 	} else if err != nil {
-		return site{}, err
+		return treeSite{}, err
 	}
 	d, err := m.describe(name, name.top())
 	if err != nil {
-		return site{}, err
+		return treeSite{}, err
 	}
 	st, err := m.stat(below(name.top(), d.data))
 	if err == nil && (d.data == "" || !isRestoring(st)) {
 		err = fault.Errorf(fault.Busy, "it exists; choose another name")
 	}
-	return site{below(name.top(), growing), below(name.top(), d.data)}, err
+	return treeSite{below(name.top(), growing), below(name.top(), d.data)}, err
 }
 
 // clearSite makes the root of a tree, and puts aside what a dead process left there.
@@ -111,7 +111,7 @@ func (m *mount) clearSite(one *call, tmp string) (*leftTree, error) {
 
 // treeTarget is a tree being made.
 type treeTarget struct {
-	site
+	treeSite
 	adapter *FSAdapter
 	name    treeName
 	lease   *lease

@@ -3,8 +3,11 @@
 package ceph
 
 import (
+	"context"
 	"fmt"
 	"os"
+	"path/filepath"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -23,19 +26,71 @@ const (
 	fsUser = "stillpoint-fs"
 )
 
-// fsConfig is that of the backend f, as the limited user.
-func fsConfig(more map[string]string) adapters.Config {
-	c := adapters.Config{Name: "f", Parameters: map[string]string{"conf": running.Conf, "user": fsUser, "keyring": fsKeyring}}
+// files is what the tests of CephFS have of the shared cluster, once one wanted it.
+var files struct {
+	once    sync.Once
+	err     error
+	keyring string // of the limited user
+	user    *mount // the administrator's
+}
+
+// filesReady makes the limited user, and mounts the filesystem as the administrator, with the caches of a client.
+func filesReady(t testing.TB) {
+	t.Helper()
+	files.once.Do(func() { files.err = makeFiles() })
+	must(t, files.err)
+}
+
+func makeFiles() error {
+	key, err := running.FilesUser(context.Background(), fsUser)
+	if err != nil {
+		return err
+	}
+	files.keyring = filepath.Join(filepath.Dir(running.Conf), fsUser+".keyring")
+	if err := os.WriteFile(files.keyring, fmt.Appendf(nil, "[client.%s]\n\tkey = %s\n", fsUser, key), 0o600); err != nil {
+		return err
+	}
+	lib, err := cephfs.CreateMountWithId("admin")
+	if err != nil {
+		return err
+	}
+	if err := lib.ReadConfigFile(running.Conf); err != nil {
+		return err
+	}
+	if err := lib.SetConfigOption("client_acl_type", "posix_acl"); err != nil {
+		return err
+	}
+	if err := lib.Mount(); err != nil {
+		return err
+	}
+	raw, err := rawOf(lib)
+	files.user = &mount{lib: lib, raw: raw, fs: fsName}
+	return err
+}
+
+// leaveFiles ends the administrator's mount, if there is one.
+func leaveFiles() {
+	if files.user != nil {
+		files.user.lib.Unmount()
+		files.user.lib.Release()
+	}
+}
+
+// userMount is the administrator's mount, through which the tests use trees.
+func userMount(t testing.TB) *mount {
+	filesReady(t)
+	return files.user
+}
+
+// openFiles opens the adapter, as the limited user, and closes it at the end of the test.
+func openFiles(t testing.TB, more map[string]string) *FSAdapter {
+	t.Helper()
+	filesReady(t)
+	c := adapters.Config{Name: "f", Parameters: map[string]string{"conf": running.Conf, "user": fsUser, "keyring": files.keyring}}
 	for k, v := range more {
 		c.Parameters[k] = v
 	}
-	return c
-}
-
-// openFiles opens the adapter and closes it at the end of the test.
-func openFiles(t testing.TB, more map[string]string) *FSAdapter {
-	t.Helper()
-	a, err := FS().Open(t.Context(), fsConfig(more))
+	a, err := FS().Open(t.Context(), c)
 	must(t, err)
 	t.Cleanup(func() {
 		if err := a.Close(); err != nil {
@@ -43,25 +98,6 @@ func openFiles(t testing.TB, more map[string]string) *FSAdapter {
 		}
 	})
 	return a.(*FSAdapter)
-}
-
-// userMount is the administrator's mount, through which the tests use trees, with its caches.
-func userMount(t testing.TB) *mount {
-	t.Helper()
-	userOnce.Do(func() {
-		lib, err := cephfs.CreateMountWithId("admin")
-		must(t, err)
-		must(t, lib.ReadConfigFile(running.Conf))
-		must(t, lib.SetConfigOption("client_acl_type", "posix_acl"))
-		must(t, lib.Mount())
-		raw, err := rawOf(lib)
-		must(t, err)
-		user = &mount{lib: lib, raw: raw, fs: fsName}
-	})
-	if user == nil {
-		t.Fatal("the filesystem is not mounted")
-	}
-	return user
 }
 
 var treeSerial atomic.Int64
@@ -77,7 +113,7 @@ func freeTree() treeName {
 	return treeName{fs: fsName, group: noGroup, subvolume: fmt.Sprint("tree-", treeSerial.Add(1))}
 }
 
-func subvolumeAdmin() *fsadmin.FSAdmin { return fsadmin.NewFromConn(admin) }
+func subvolumeAdmin() *fsadmin.FSAdmin { return fsadmin.NewFromConn(running.admin) }
 
 // makeTree makes an empty subvolume. It and all its snapshots are removed at the end.
 func makeTree(t testing.TB) *liveTree {
