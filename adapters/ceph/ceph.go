@@ -61,6 +61,7 @@ func RBD() adapters.Kind {
 			{Name: "keyring", Usage: "path of the file with the user's key; default: where ceph.conf says"},
 			{Name: "key", Usage: "the user's key itself, instead of keyring", Secret: true},
 			{Name: "pool", Usage: "the pool that the backend is limited to, and that ids without a slash are in; default: every pool"},
+			{Name: "fuse", Usage: "folders where rbd-fuse shows the images of pools: POOL=FOLDER, separated by commas. A loop device on a file there is then known as the image's device, as those of the kernel's rbd are by themselves"},
 			{Name: "timeout", Usage: "after how long a single request to a monitor or an OSD has failed, at least 1s; default: 30s"},
 			{Name: "diff", Usage: "how changed blocks are found: auto (object maps, then exactly within changed objects) or exact (every object is asked); default: auto"},
 		},

@@ -17,6 +17,7 @@ import "C"
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -34,6 +35,7 @@ type Adapter struct {
 	backend string
 	pool    string // the backend is limited to it; empty: it is not
 	exact   bool   // never trusts an object map
+	fuse    []fuseFolder
 	cluster *cluster
 	turns   turns
 	pace    pace
@@ -59,6 +61,7 @@ func openRBD(_ context.Context, c adapters.Config) (adapters.Adapter, error) {
 	}
 	s.key, s.keyed = p.Secret("key")
 	pool, diff := p.String("pool", ""), p.String("diff", "auto")
+	fuse, fuseErr := parseFuse(p.String("fuse", ""))
 	switch err := p.Err(); {
 	case err != nil:
 		return nil, err
@@ -68,8 +71,10 @@ func openRBD(_ context.Context, c adapters.Config) (adapters.Adapter, error) {
 		return nil, fault.Errorf(fault.Invalid, "backend %s: diff: %q is neither auto nor exact", c.Name, diff)
 	case strings.ContainsAny(pool, "/@"):
 		return nil, fault.Errorf(fault.Invalid, "backend %s: pool: %q is not a pool's name", c.Name, pool)
+	case fuseErr != nil:
+		return nil, fault.Errorf(fault.Invalid, "backend %s: fuse: %w", c.Name, fuseErr)
 	}
-	return &Adapter{backend: c.Name, pool: pool, exact: diff == "exact", cluster: newCluster(s), page: pageImages, turns: turns{taken: map[imageName]chan struct{}{}}}, nil
+	return &Adapter{backend: c.Name, pool: pool, exact: diff == "exact", fuse: fuse, cluster: newCluster(s), page: pageImages, turns: turns{taken: map[imageName]chan struct{}{}}}, nil
 }
 
 // Capabilities describes the adapter.
@@ -120,16 +125,28 @@ func (a *Adapter) volume(one *call, name imageName) (adapters.Volume, error) {
 	if err != nil {
 		return v, err
 	}
-	maps, err := mappings(sysRBD)
+	maps, err := a.mapped()
 	if err != nil {
 		return v, err
 	}
-	for _, d := range maps {
-		if d.shows(fsid, name) {
-			v.Device, v.Path = d.device, d.path
-		}
+	on := slices.DeleteFunc(maps, func(d mapping) bool { return !d.shows(fsid, name) })
+	if len(on) > 0 {
+		v.Device, v.Path = on[0].device, on[0].path
+	}
+	if len(on) > 1 { // whoever writes to it through the one device is not seen through the other
+		v.Freeze = adapters.FreezeNone
 	}
 	return v, nil
+}
+
+// mapped lists the images that are block devices of this node.
+func (a *Adapter) mapped() ([]mapping, error) {
+	all, err := mappings(sysRBD)
+	if err != nil {
+		return nil, err
+	}
+	more, err := fuseMappings(sysBlock, a.fuse)
+	return append(all, more...), err
 }
 
 // callOn makes a call that is about a volume, and gives its error a kind and a name: what, or else the volume.
