@@ -11,6 +11,13 @@
 // UUID (csi.go). The image's name is what names a volume: an image that is renamed becomes another one, and takes its
 // snapshots along.
 //
+// # Devices
+//
+// A volume's device on this node is found where the kernel's rbd says that it has mapped the image (krbd.go), or where the
+// parameter fuse says that rbd-fuse shows it and a loop device stands on its file (fuse.go). What was written to a
+// frozen filesystem is in RADOS then: the kernel's rbd has no cache, and freezing ends in a flush of the device, which a loop
+// device and rbd-fuse pass on to librbd's cache.
+//
 // # Where marks are
 //
 // In the metadata of the image (rbd image-meta), under a key that has the snapshot's number: what the snapshot is
