@@ -13,10 +13,11 @@
 //
 // # Devices
 //
-// A volume's device on this node is found where the kernel's rbd says that it has mapped the image (krbd.go), or where the
-// parameter fuse says that rbd-fuse shows it and a loop device stands on its file (fuse.go). What was written to a
-// frozen filesystem is in RADOS then: the kernel's rbd has no cache, and freezing ends in a flush of the device, which a loop
-// device and rbd-fuse pass on to librbd's cache.
+// A volume's device on this node is found where the kernel's rbd says that it has mapped the image (krbd.go), where rbd-nbd
+// has and the parameter nbd says that this is the cluster (nbd.go), or where the parameter fuse says that rbd-fuse shows it
+// and a loop device stands on its file (fuse.go). What was written to a frozen filesystem is in RADOS then: the kernel's
+// rbd has no cache, and freezing ends in a flush of the device, which rbd-nbd, or a loop device and rbd-fuse, pass on to
+// librbd's cache.
 //
 // # Where marks are
 //
@@ -69,6 +70,7 @@ func RBD() adapters.Kind {
 			{Name: "key", Usage: "the user's key itself, instead of keyring", Secret: true},
 			{Name: "pool", Usage: "the pool that the backend is limited to, and that ids without a slash are in; default: every pool"},
 			{Name: "fuse", Usage: "folders where rbd-fuse shows the images of pools: POOL=FOLDER, separated by commas. A loop device on a file there is then known as the image's device, as those of the kernel's rbd are by themselves"},
+			{Name: "nbd", Usage: "true: the images that rbd-nbd has mapped on this node are of this cluster; default: false, they are not known as any image's device"},
 			{Name: "timeout", Usage: "after how long a single request to a monitor or an OSD has failed, at least 1s; default: 30s"},
 			{Name: "diff", Usage: "how changed blocks are found: auto (object maps, then exactly within changed objects) or exact (every object is asked); default: auto"},
 		},

@@ -1,17 +1,12 @@
 package ceph
 
 import (
-	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
 
 	"github.com/moby/sys/mountinfo"
-	"golang.org/x/sys/unix"
-
-	"stillpoint.io/stillpoint/adapters"
 )
 
 // fuseType is what mountinfo calls a mount of rbd-fuse.
@@ -74,16 +69,15 @@ func loopsOn(sysBlock string, folders map[string]imageName) (all []mapping, err 
 		if err != nil || !ok {
 			continue // not attached, or to something else
 		}
-		number, err := readLine(filepath.Join(folder, "dev"))
-		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) {
+		device, err := number(folder)
+		if err != nil {
+			return nil, err
+		}
+		if device == 0 {
 			continue
 		}
-		var major, minor uint32
-		if _, e := fmt.Sscanf(number, "%d:%d", &major, &minor); err != nil || e != nil {
-			return nil, fmt.Errorf("reading the number of %s: %w", filepath.Base(folder), errors.Join(err, e))
-		}
 		name.image = filepath.Base(file)
-		all = append(all, mapping{name: name, live: true, device: adapters.Device(unix.Mkdev(major, minor)), path: "/dev/" + filepath.Base(folder)})
+		all = append(all, mapping{name: name, live: true, device: device, path: "/dev/" + filepath.Base(folder)})
 	}
 	return all, nil
 }

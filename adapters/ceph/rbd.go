@@ -36,6 +36,7 @@ type Adapter struct {
 	pool    string // the backend is limited to it; empty: it is not
 	exact   bool   // never trusts an object map
 	fuse    []fuseFolder
+	nbd     bool // what rbd-nbd has mapped is of this cluster
 	cluster *cluster
 	turns   turns
 	pace    pace
@@ -61,6 +62,7 @@ func openRBD(_ context.Context, c adapters.Config) (adapters.Adapter, error) {
 	}
 	s.key, s.keyed = p.Secret("key")
 	pool, diff := p.String("pool", ""), p.String("diff", "auto")
+	nbd := p.Bool("nbd", false)
 	fuse, fuseErr := parseFuse(p.String("fuse", ""))
 	switch err := p.Err(); {
 	case err != nil:
@@ -74,7 +76,7 @@ func openRBD(_ context.Context, c adapters.Config) (adapters.Adapter, error) {
 	case fuseErr != nil:
 		return nil, fault.Errorf(fault.Invalid, "backend %s: fuse: %w", c.Name, fuseErr)
 	}
-	return &Adapter{backend: c.Name, pool: pool, exact: diff == "exact", fuse: fuse, cluster: newCluster(s), page: pageImages, turns: turns{taken: map[imageName]chan struct{}{}}}, nil
+	return &Adapter{backend: c.Name, pool: pool, exact: diff == "exact", fuse: fuse, nbd: nbd, cluster: newCluster(s), page: pageImages, turns: turns{taken: map[imageName]chan struct{}{}}}, nil
 }
 
 // Capabilities describes the adapter.
@@ -145,8 +147,12 @@ func (a *Adapter) mapped() ([]mapping, error) {
 	if err != nil {
 		return nil, err
 	}
-	more, err := fuseMappings(sysBlock, a.fuse)
-	return append(all, more...), err
+	onLoops, err := fuseMappings(sysBlock, a.fuse)
+	if err != nil || !a.nbd {
+		return append(all, onLoops...), err
+	}
+	served, err := nbdMappings(sysBlock, "/proc")
+	return slices.Concat(all, onLoops, served), err
 }
 
 // callOn makes a call that is about a volume, and gives its error a kind and a name: what, or else the volume.

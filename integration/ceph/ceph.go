@@ -29,6 +29,7 @@ var script []byte
 type Options struct {
 	Files bool   // CephFS
 	S3    bool   // the S3 gateway
+	Bare  bool   // no manager, which images do not need: the start takes half as long
 	Size  string // of the OSD's sparse file, as numfmt reads it; 32G if empty
 }
 
@@ -73,7 +74,7 @@ func Start(ctx context.Context, o Options) (*Cluster, error) {
 		if port, err = peer.Ports(50); err != nil {
 			break
 		}
-		c.env = append(os.Environ(), fmt.Sprintf("PORT=%d", port), "MDS="+bit(o.Files), "RGW="+bit(o.S3),
+		c.env = append(os.Environ(), fmt.Sprintf("PORT=%d", port), "MGR="+bit(!o.Bare), "MDS="+bit(o.Files), "RGW="+bit(o.S3),
 			"S3_KEY="+c.AccessKey, "S3_SECRET="+c.SecretKey)
 		if o.Size != "" {
 			c.env = append(c.env, "OSD_SIZE="+o.Size)
