@@ -1,6 +1,7 @@
 # make           builds bin/stillpoint and bin/stillpoint-freezer
 # make ceph      the same with the adapters for Ceph, linked with Ceph's libraries of this machine
-# make demo      the main job on real filesystems, start to end (root); BACKEND=lvm-thin has it with a thin volume
+# make demo      the main job on real filesystems, start to end (root); BACKEND=lvm-thin has it with a thin volume,
+#                BACKEND=ceph-rbd with an RBD image of a Ceph cluster that it starts
 # make check     format, vet, lint and unit tests: no root
 # make test      every test, on real filesystems and with the race detector (root)
 # make soak      a thousand kills of everything that can be killed, each followed by a full check (root, hours)
@@ -30,7 +31,7 @@ IN_GUESTS   := ./integration/vm ./integration/thin ./adapters/lvmthin
 # slowly under it.
 RACE        := -race -gcflags=golang.org/x/crypto/scrypt=-race=false
 
-# What the demo's volumes are on: reflink or lvm-thin.
+# What the demo's volumes are on: reflink, lvm-thin or ceph-rbd.
 BACKEND     := reflink
 
 .PHONY: build ceph demo check lint lint-ceph test soak versitygw bench clean
@@ -45,9 +46,9 @@ ceph:
 	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/stillpoint-freezer
 
 demo:
-	@./packages.sh $(FILESYSTEMS) $(if $(filter lvm-thin,$(BACKEND)),$(GUEST))
-	@$(MAKE) --no-print-directory build
-	@go run ./integration/demo -backend $(BACKEND)
+	@./packages.sh $(FILESYSTEMS) $(if $(filter lvm-thin,$(BACKEND)),$(GUEST)) $(if $(filter ceph-rbd,$(BACKEND)),$(CEPH))
+	@$(MAKE) --no-print-directory $(if $(filter ceph-rbd,$(BACKEND)),ceph,build)
+	@go run $(if $(filter ceph-rbd,$(BACKEND)),-tags $(CEPH_TAGS)) ./integration/demo -backend $(BACKEND)
 
 check: lint
 	go test -short ./...
