@@ -15,7 +15,7 @@ COMPILER    := gcc=gcc /usr/include/stdlib.h=libc6-dev
 FILESYSTEMS := mkfs.xfs=xfsprogs mkfs.btrfs=btrfs-progs mkfs.ext4=e2fsprogs mkfs.f2fs=f2fs-tools mount=mount cmp=diffutils
 THIN        := thin_check=thin-provisioning-tools
 PEERS       := restic=restic borg=borgbackup
-CEPH        := ceph-mon=ceph-mon ceph-mgr=ceph-mgr ceph-osd=ceph-osd radosgw=radosgw ceph=ceph-common rbd-fuse=rbd-fuse
+CEPH        := ceph-mon=ceph-mon ceph-mgr=ceph-mgr ceph-osd=ceph-osd radosgw=radosgw ceph=ceph-common rbd-fuse=rbd-fuse rbd-nbd=rbd-nbd
 CEPH_BUILD  := gcc=gcc /usr/include/stdlib.h=libc6-dev /usr/include/rados/librados.h=librados-dev /usr/include/rbd/librbd.h=librbd-dev
 # The tags of a build with Ceph: go-ceph wants to be told of releases before squid, whose headers lack this function.
 CEPH_TAGS    = ceph$(shell grep -qs rbd_encryption_load2 /usr/include/rbd/librbd.h || echo ,pacific)

@@ -5,6 +5,7 @@
 #   ceph-up.sh stop  DIR     stop every daemon of DIR (by pid file), keep the data
 #   ceph-up.sh purge DIR     stop and delete DIR
 # Environment: STORE=bluestore|memstore (bluestore)  OSD_SIZE=32G (sparse file)  PORT=6700 (range PORT..PORT+49)
+#              WATCH=5 (seconds after which a client is dead; the kernel's gives a sign of life every 5)
 #              MGR=1|0 (without it nobody reports health)  MDS=1|0  RGW=1|0  RGW_PORT=PORT+40
 # After it: export CEPH_CONF=DIR/ceph.conf  (client.admin key is at DIR/keyring, named in that conf)
 set -euo pipefail
@@ -123,7 +124,7 @@ bluestore block size = $(numfmt --from=iec "$OSD_SIZE")
 bluestore block db create = false
 bluestore block wal create = false
 bdev aio poll ms = 20   # default 250: every open and close of the device waits that long, 14 times in a first start
-osd client watch timeout = 5   # default 30: so long a client that died is taken for alive
+osd client watch timeout = ${WATCH:-5}   # default 30: so long a client that died is taken for alive
 bluestore fsck on mount = false
 bluestore fsck quick fix on mount = false
 memstore device bytes = $(numfmt --from=iec "$OSD_SIZE")

@@ -27,10 +27,11 @@ var script []byte
 
 // Options says what runs.
 type Options struct {
-	Files bool   // CephFS
-	S3    bool   // the S3 gateway
-	Bare  bool   // no manager, which images do not need: the start takes half as long
-	Size  string // of the OSD's sparse file, as numfmt reads it; 32G if empty
+	Files bool          // CephFS
+	S3    bool          // the S3 gateway
+	Bare  bool          // no manager, which images do not need: the start takes half as long
+	Watch time.Duration // after which a silent client is taken for dead, 5 s if 0; the kernel's says something every 5 s
+	Size  string        // of the OSD's sparse file, as numfmt reads it; 32G if empty
 }
 
 // Cluster is a running Ceph. Close it.
@@ -76,6 +77,9 @@ func Start(ctx context.Context, o Options) (*Cluster, error) {
 		}
 		c.env = append(os.Environ(), fmt.Sprintf("PORT=%d", port), "MGR="+bit(!o.Bare), "MDS="+bit(o.Files), "RGW="+bit(o.S3),
 			"S3_KEY="+c.AccessKey, "S3_SECRET="+c.SecretKey)
+		if o.Watch != 0 {
+			c.env = append(c.env, fmt.Sprintf("WATCH=%d", int(o.Watch/time.Second)))
+		}
 		if o.Size != "" {
 			c.env = append(c.env, "OSD_SIZE="+o.Size)
 		}
