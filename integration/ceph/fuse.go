@@ -28,9 +28,11 @@ type Images struct {
 	guard   *peer.Guard
 }
 
-// dangerousCache is the end of rbd-fuse's configuration.
-const dangerousCache = `
+// fuseConf is the end of rbd-fuse's configuration. A client says at each tick that it still watches an image: by default
+// that is every 5 s, after which these clusters take it for dead.
+const fuseConf = `
 [client]
+objecter tick interval = 1
 rbd cache = true
 rbd cache policy = writeback
 rbd cache writethrough until flush = false
@@ -47,7 +49,7 @@ func (c *Cluster) Images(ctx context.Context, pool string) (*Images, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := errors.Join(os.Mkdir(i.Folder, 0o700), os.WriteFile(c.Conf+".fuse", append(conf, dangerousCache...), 0o600)); err != nil {
+	if err := errors.Join(os.Mkdir(i.Folder, 0o700), os.WriteFile(c.Conf+".fuse", append(conf, fuseConf...), 0o600)); err != nil {
 		return nil, err
 	}
 	// umount may ask rbd-fuse, which waits for a cluster that may be away.

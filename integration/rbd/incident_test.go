@@ -12,8 +12,7 @@ import (
 	"stillpoint.io/stillpoint/fault"
 )
 
-// outage makes the OSD stop where it is. What is given is done once that has happened; then it goes on, at the latest at the
-// end of the test.
+// stopOSD stops the OSD where it is, until resume is called or the test ends.
 func stopOSD(t *testing.T) (resume func()) {
 	t.Helper()
 	must(t, cluster.PauseOSD())
@@ -30,6 +29,7 @@ func stopOSD(t *testing.T) (resume func()) {
 // and when the OSD goes on nothing half-done stays.
 func TestOSDStoppedInTheFreeze(t *testing.T) {
 	s := newSite(t)
+	s.rbd = open(t, "ceph-rbd", rbdParameters(cluster.Conf, images.Folder, "3s"))
 	image, file := s.image(t, "xfs"), s.file(t, "ext4")
 	book := keepLogbook(t, file.Mount)
 	var once sync.Once

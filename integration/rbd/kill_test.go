@@ -92,7 +92,7 @@ func victim() (err error) {
 	if err != nil {
 		return err
 	}
-	a, err := ceph.RBD().Open(ctx, adapters.Config{Name: "ceph-rbd", Parameters: rbdParameters(os.Getenv(envConf), os.Getenv(envImages))})
+	a, err := ceph.RBD().Open(ctx, adapters.Config{Name: "ceph-rbd", Parameters: rbdParameters(os.Getenv(envConf), os.Getenv(envImages), "")})
 	if err != nil {
 		return err
 	}

@@ -42,15 +42,19 @@ const volumeSize = 320 << 20 // mkfs.xfs refuses less than 300 MiB
 func newSite(t *testing.T) *site {
 	t.Helper()
 	s := &site{Lab: lab.Test(t)}
-	s.rbd = open(t, "ceph-rbd", rbdParameters(cluster.Conf, images.Folder))
+	s.rbd = open(t, "ceph-rbd", rbdParameters(cluster.Conf, images.Folder, ""))
 	s.reflink = open(t, "reflink", nil)
 	s.node = nodeIn(s.Dir, freeze)
 	return s
 }
 
-// rbdParameters are the backend's. Requests fail soon, so that an outage is one within a test's time.
-func rbdParameters(conf, folder string) map[string]string {
-	return map[string]string{"conf": conf, "fuse": pool + "=" + folder, "timeout": "3s"}
+// rbdParameters are the backend's: with a timeout, requests fail after that.
+func rbdParameters(conf, folder, timeout string) map[string]string {
+	p := map[string]string{"conf": conf, "fuse": pool + "=" + folder}
+	if timeout != "" {
+		p["timeout"] = timeout
+	}
+	return p
 }
 
 func open(t *testing.T, name string, parameters map[string]string) adapters.Adapter {
