@@ -85,6 +85,14 @@ func (g grounds) backends() map[string]map[string]string {
 	return all
 }
 
+// rate is how many bytes a second the writer writes: less where a guest's one processor does everything.
+func (g grounds) rate() int64 {
+	if g.thin == "" {
+		return 20 * mib
+	}
+	return 5 * mib
+}
+
 // volumes makes the two that are cut.
 func (g grounds) volumes(ctx context.Context, l *lab.Lab) ([]volume, error) {
 	pool, err := l.Pool(ctx, "pool", "xfs", poolSize)

@@ -131,7 +131,7 @@ func TestCut(t *testing.T) {
 	if testing.Short() {
 		t.Skip("needs a guest and a cluster: left out by -short, `make test` runs it")
 	}
-	cluster, err := ceph_cluster.Start(t.Context(), ceph_cluster.Options{Bare: true, Watch: 30 * time.Second, Size: "8G"})
+	cluster, err := ceph_cluster.Start(t.Context(), ceph_cluster.Options{Bare: true, Size: "8G"})
 	must(t, err)
 	t.Cleanup(func() {
 		if err := cluster.Close(); err != nil {

@@ -63,7 +63,7 @@ func prepared(m *testing.M) (code int, err error) {
 	if out, err := exec.CommandContext(ctx, "go", "build", "-o", freeze, "stillpoint.io/stillpoint/cmd/stillpoint-freezer").CombinedOutput(); err != nil {
 		return 1, fmt.Errorf("building the freezer: %w\n%s", err, out)
 	}
-	if cluster, err = ceph.Start(ctx, ceph.Options{S3: true}); err != nil {
+	if cluster, err = ceph.Start(ctx, ceph.Options{S3: true, Lease: ceph.NeverKilled, Watch: 5}); err != nil {
 		return 1, err
 	}
 	defer func() { err = errors.Join(err, cluster.Close()) }()
