@@ -1,6 +1,7 @@
 # make           builds bin/stillpoint and bin/stillpoint-freezer
 # make ceph      the same with the adapters for Ceph, linked with Ceph's libraries of this machine
-# make demo      the main job on real filesystems, start to end (root); BACKEND=lvm-thin has it with a thin volume
+# make demo      the main job on real filesystems, start to end (root); BACKEND=lvm-thin has it with a thin volume,
+#                BACKEND=ceph-rbd with an RBD image of a Ceph cluster that it starts
 # make check     format, vet, lint and unit tests: no root
 # make test      every test, on real filesystems and with the race detector (root)
 # make soak      a thousand kills of everything that can be killed, each followed by a full check (root, hours)
@@ -14,7 +15,7 @@ COMPILER    := gcc=gcc /usr/include/stdlib.h=libc6-dev
 FILESYSTEMS := mkfs.xfs=xfsprogs mkfs.btrfs=btrfs-progs mkfs.ext4=e2fsprogs mkfs.f2fs=f2fs-tools mount=mount cmp=diffutils
 THIN        := thin_check=thin-provisioning-tools
 PEERS       := restic=restic borg=borgbackup
-CEPH        := ceph-mon=ceph-mon ceph-mgr=ceph-mgr ceph-osd=ceph-osd radosgw=radosgw ceph=ceph-common ceph-mds=ceph-mds
+CEPH        := ceph-mon=ceph-mon ceph-mgr=ceph-mgr ceph-osd=ceph-osd radosgw=radosgw ceph=ceph-common ceph-mds=ceph-mds rbd-fuse=rbd-fuse rbd-nbd=rbd-nbd
 CEPH_BUILD  := gcc=gcc /usr/include/stdlib.h=libc6-dev /usr/include/rados/librados.h=librados-dev /usr/include/rbd/librbd.h=librbd-dev /usr/include/cephfs/libcephfs.h=libcephfs-dev
 # The tags of a build with Ceph: go-ceph wants to be told of releases before squid, whose headers lack this function.
 CEPH_TAGS    = ceph$(shell grep -qs rbd_encryption_load2 /usr/include/rbd/librbd.h || echo ,pacific)
@@ -39,7 +40,7 @@ RACE        := -race -gcflags=golang.org/x/crypto/scrypt=-race=false
 # repository.Options.Quick. Nothing that is built for use has it.
 QUICK       := testing
 
-# What the demo's volumes are on: reflink or lvm-thin.
+# What the demo's volumes are on: reflink, lvm-thin or ceph-rbd.
 BACKEND     := reflink
 
 # Tests are run without a vet of their own (-vet=off): lint has had the whole of it.
@@ -55,9 +56,9 @@ ceph:
 	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/stillpoint-freezer
 
 demo:
-	@./packages.sh $(FILESYSTEMS) $(if $(filter lvm-thin,$(BACKEND)),$(GUEST))
-	@$(MAKE) --no-print-directory build
-	@go run ./integration/demo -backend $(BACKEND)
+	@./packages.sh $(FILESYSTEMS) $(if $(filter lvm-thin,$(BACKEND)),$(GUEST)) $(if $(filter ceph-rbd,$(BACKEND)),$(CEPH))
+	@$(MAKE) --no-print-directory $(if $(filter ceph-rbd,$(BACKEND)),ceph,build)
+	@go run $(if $(filter ceph-rbd,$(BACKEND)),-tags $(CEPH_TAGS)) ./integration/demo -backend $(BACKEND)
 
 check: lint
 	go test -vet=off -short ./...

@@ -12,6 +12,14 @@
 // UUID (csi.go). The image's name is what names a volume: an image that is renamed becomes another one, and takes its
 // snapshots along.
 //
+// # Devices
+//
+// A volume's device on this node is found where the kernel's rbd says that it has mapped the image (krbd.go), where rbd-nbd
+// has and the parameter nbd says that this is the cluster (nbd.go), or where the parameter fuse says that rbd-fuse shows it
+// and a loop device stands on its file (fuse.go). What was written to a frozen filesystem is in RADOS then: the kernel's
+// rbd has no cache, and freezing ends in a flush of the device, which rbd-nbd, or a loop device and rbd-fuse, pass on to
+// librbd's cache.
+//
 // # Where marks are
 //
 // In the metadata of the image (rbd image-meta), under a key that has the snapshot's number: what the snapshot is
@@ -65,6 +73,8 @@ func RBD() adapters.Kind {
 		Keys: append(connectionKeys(),
 			adapters.Key{Name: "pool", Usage: "the pool that the backend is limited to, and that ids without a slash are in; default: every pool"},
 			adapters.Key{Name: "diff", Usage: "how changed blocks are found: auto (object maps, then exactly within changed objects) or exact (every object is asked); default: auto"},
+			adapters.Key{Name: "fuse", Usage: "folders where rbd-fuse shows the images of pools: POOL=FOLDER, separated by commas. A loop device on a file there is then known as the image's device, as those of the kernel's rbd are by themselves"},
+			adapters.Key{Name: "nbd", Usage: "true: the images that rbd-nbd has mapped on this node are of this cluster; default: false, they are not known as any image's device"},
 		),
 		Open:    openRBD,
 		Drivers: []string{rbdDriver, "*." + rbdDriver},

@@ -156,6 +156,11 @@ func (c *cluster) configure() (*rados.Conn, error) {
 			return nil, fault.Errorf(fault.Invalid, "setting %s: %w", o[0], err)
 		}
 	}
+	// An rbd-nbd that was told to quiesce its filesystem for each snapshot would freeze what the cut has frozen, fail, and then
+	// thaw it. Releases before pacific know no such thing.
+	if err := r.SetConfigOption("rbd_default_snapshot_quiesce_mode", "skip"); err != nil && errnoOf(err) != syscall.ENOENT {
+		return nil, fault.Errorf(fault.Invalid, "setting rbd_default_snapshot_quiesce_mode: %w", err)
+	}
 	if c.keyed {
 		if err := r.SetConfigOption("key", c.key.Reveal()); err != nil {
 			return nil, fault.Errorf(fault.Invalid, "setting the key: %w", err)

@@ -6,7 +6,6 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
-	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -16,9 +15,12 @@ import (
 // sysRBD is where the kernel tells which images it has mapped: Documentation/ABI/testing/sysfs-bus-rbd.
 const sysRBD = "/sys/bus/rbd/devices"
 
-// mapping is an image that the kernel's rbd has mapped as a block device.
+// sysBlock is where it tells of every block device: Documentation/ABI/stable/sysfs-block.
+const sysBlock = "/sys/block"
+
+// mapping is an image that is a block device of this node.
 type mapping struct {
-	fsid   string
+	fsid   string // of its cluster; empty: it is the backend's own, by the backend's settings
 	name   imageName
 	live   bool // the image itself, not a snapshot of it
 	device adapters.Device
@@ -27,10 +29,10 @@ type mapping struct {
 
 // shows reports whether the device is the live image of that cluster.
 func (m mapping) shows(fsid string, name imageName) bool {
-	return m.live && m.name == name && m.fsid == fsid
+	return m.live && m.name == name && (m.fsid == fsid || m.fsid == "")
 }
 
-// mappings reads the mapped images. One that is being unmapped is left out.
+// mappings reads the images that the kernel's rbd has mapped. One that is being unmapped is left out.
 func mappings(folder string) ([]mapping, error) {
 	entries, err := os.ReadDir(folder)
 	if err != nil {
@@ -56,11 +58,11 @@ func mappings(folder string) ([]mapping, error) {
 
 func readMapping(folder string) (m mapping, err error) {
 	value := func(file string) string {
-		b, e := os.ReadFile(filepath.Join(folder, file))
+		s, e := readLine(filepath.Join(folder, file))
 		if err == nil {
 			err = e
 		}
-		return strings.TrimSuffix(string(b), "\n")
+		return s
 	}
 	number := func(file string) uint32 {
 		n, e := strconv.ParseUint(value(file), 10, 32)

@@ -230,10 +230,10 @@ func (a *Adapter) marked(one *call, io *rados.IOContext, name imageName, id []by
 	return all, nil
 }
 
-// Volumes lists the images that the kernel's rbd has mapped on this node.
+// Volumes lists the images that are block devices of this node.
 func (a *Adapter) Volumes(ctx context.Context) iter.Seq2[adapters.Volume, error] {
 	return func(yield func(adapters.Volume, error) bool) {
-		maps, err := mappings(sysRBD)
+		maps, err := a.mapped()
 		if err != nil {
 			yield(adapters.Volume{}, fmt.Errorf("backend %s: listing mapped images: %w", a.backend, err))
 			return
@@ -253,10 +253,12 @@ func (a *Adapter) Volumes(ctx context.Context) iter.Seq2[adapters.Volume, error]
 			yield(adapters.Volume{}, err)
 			return
 		}
+		seen := map[imageName]bool{}
 		for _, m := range maps {
-			if m.fsid != fsid {
-				continue // of another cluster
+			if !m.shows(fsid, m.name) || seen[m.name] {
+				continue // of another cluster, or mapped twice
 			}
+			seen[m.name] = true
 			v, err := a.Volume(ctx, m.name.id(a.backend))
 			if fault.KindOf(err) == fault.NotFound {
 				continue

@@ -17,6 +17,7 @@ import "C"
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -34,6 +35,8 @@ type Adapter struct {
 	backend string
 	pool    string // the backend is limited to it; empty: it is not
 	exact   bool   // never trusts an object map
+	fuse    []fuseFolder
+	nbd     bool // what rbd-nbd has mapped is of this cluster
 	cluster *cluster
 	// turns keep apart the changes of an image: Ceph would have them take its exclusive lock from each other, which takes longer
 	// than the changes.
@@ -61,6 +64,8 @@ func openRBD(_ context.Context, c adapters.Config) (adapters.Adapter, error) {
 	}
 	s.key, s.keyed = p.Secret("key")
 	pool, diff := p.String("pool", ""), p.String("diff", "auto")
+	nbd := p.Bool("nbd", false)
+	fuse, fuseErr := parseFuse(p.String("fuse", ""))
 	switch err := p.Err(); {
 	case err != nil:
 		return nil, err
@@ -70,8 +75,10 @@ func openRBD(_ context.Context, c adapters.Config) (adapters.Adapter, error) {
 		return nil, fault.Errorf(fault.Invalid, "backend %s: diff: %q is neither auto nor exact", c.Name, diff)
 	case strings.ContainsAny(pool, "/@"):
 		return nil, fault.Errorf(fault.Invalid, "backend %s: pool: %q is not a pool's name", c.Name, pool)
+	case fuseErr != nil:
+		return nil, fault.Errorf(fault.Invalid, "backend %s: fuse: %w", c.Name, fuseErr)
 	}
-	return &Adapter{backend: c.Name, pool: pool, exact: diff == "exact", cluster: newCluster(s), page: pageImages, turns: newTurns[imageName]()}, nil
+	return &Adapter{backend: c.Name, pool: pool, exact: diff == "exact", fuse: fuse, nbd: nbd, cluster: newCluster(s), page: pageImages, turns: newTurns[imageName]()}, nil
 }
 
 // Capabilities describes the adapter.
@@ -122,16 +129,32 @@ func (a *Adapter) volume(one *call, name imageName) (adapters.Volume, error) {
 	if err != nil {
 		return v, err
 	}
-	maps, err := mappings(sysRBD)
+	maps, err := a.mapped()
 	if err != nil {
 		return v, err
 	}
-	for _, d := range maps {
-		if d.shows(fsid, name) {
-			v.Device, v.Path = d.device, d.path
-		}
+	on := slices.DeleteFunc(maps, func(d mapping) bool { return !d.shows(fsid, name) })
+	if len(on) > 0 {
+		v.Device, v.Path = on[0].device, on[0].path
+	}
+	if len(on) > 1 { // whoever writes to it through the one device is not seen through the other
+		v.Freeze = adapters.FreezeNone
 	}
 	return v, nil
+}
+
+// mapped lists the images that are block devices of this node.
+func (a *Adapter) mapped() ([]mapping, error) {
+	all, err := mappings(sysRBD)
+	if err != nil {
+		return nil, err
+	}
+	onLoops, err := fuseMappings(sysBlock, a.fuse)
+	if err != nil || !a.nbd {
+		return append(all, onLoops...), err
+	}
+	served, err := nbdMappings(sysBlock, "/proc")
+	return slices.Concat(all, onLoops, served), err
 }
 
 // callOn makes a call that is about a volume, and gives its error a kind and a name: what, or else the volume.

@@ -76,7 +76,7 @@ func TestKeys(t *testing.T) {
 }
 
 func TestSettings(t *testing.T) {
-	for _, parameters := range []map[string]string{{"timeout": "10ms"}, {"diff": "fast"}, {"pool": "a/b"}, {"timeout": "x"}} {
+	for _, parameters := range []map[string]string{{"timeout": "10ms"}, {"diff": "fast"}, {"pool": "a/b"}, {"timeout": "x"}, {"fuse": "/images"}} {
 		if a, err := RBD().Open(t.Context(), adapters.Config{Name: "r", Parameters: parameters}); !errors.Is(err, fault.Invalid) {
 			t.Errorf("%v: %v, %v", parameters, a, err)
 		}

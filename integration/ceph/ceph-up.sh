@@ -5,12 +5,12 @@
 #   ceph-up.sh stop  DIR     stop every daemon of DIR (by pid file), keep the data
 #   ceph-up.sh purge DIR     stop and delete DIR
 # Environment: STORE=bluestore|memstore (bluestore)  OSD_SIZE=32G (sparse file)  PORT=6700 (range PORT..PORT+49)
-#              MDS=1|0  RGW=1|0  RGW_PORT=PORT+40  LEASE=7 (seconds that the osd may answer reads on its own)
+#              MGR=1|0 (without it nobody reports health)  MDS=1|0  RGW=1|0  RGW_PORT=PORT+40  LEASE=7 (seconds that the osd may answer reads on its own)
 #              WATCH=30 (seconds that a client that died is taken for alive)
 # After it: export CEPH_CONF=DIR/ceph.conf  (client.admin key is at DIR/keyring, named in that conf)
 set -euo pipefail
 CMD=${1:?start|osd|stop|purge} DIR=$(mkdir -p "${2:?DIR}" && cd "$2" && pwd)
-STORE=${STORE:-bluestore} OSD_SIZE=${OSD_SIZE:-32G} PORT=${PORT:-6700} MDS=${MDS:-1} RGW=${RGW:-1} LEASE=${LEASE:-7} WATCH=${WATCH:-30}
+STORE=${STORE:-bluestore} OSD_SIZE=${OSD_SIZE:-32G} PORT=${PORT:-6700} MGR=${MGR:-1} MDS=${MDS:-1} RGW=${RGW:-1} LEASE=${LEASE:-7} WATCH=${WATCH:-30}
 RGW_PORT=${RGW_PORT:-$((PORT + 40))}
 S3_KEY=${S3_KEY:-TESTACCESSKEY0000001} S3_SECRET=${S3_SECRET:-testsecretkey0000000000000000000000000001}
 export CEPH_CONF=$DIR/ceph.conf PATH=/usr/bin:/usr/sbin:/bin:/sbin   # /usr/bin first: the ceph CLI needs Debian's python3
@@ -110,6 +110,7 @@ mgr data = $DIR/mgr
 mgr initial modules =
 
 [osd]
+crush location = root=default host=node   # whatever this machine is called
 osd data = $DIR/osd
 osd objectstore = $STORE
 osd class load list = *
@@ -163,7 +164,7 @@ fresh() {
     say "mon mkfs"
     ceph-mon -c "$CEPH_CONF" -i a
     say "mon started"
-    ceph-mgr -c "$CEPH_CONF" -i x
+    [ "$MGR" != 1 ] || ceph-mgr -c "$CEPH_CONF" -i x
     moncmds '{"prefix":"osd new","uuid":"'"$osduuid"'","id":0}' \
         '{"prefix":"config set","who":"mgr","name":"mgr/devicehealth/enable_monitoring","value":"false","force":true}'
     wait $mkfs; say "mgr started, osd mkfs"
@@ -188,7 +189,7 @@ fresh() {
 
 again() {
     mkdir -p "$DIR/run"
-    ceph-mon -c "$CEPH_CONF" -i a; ceph-mgr -c "$CEPH_CONF" -i x; ceph-osd -c "$CEPH_CONF" -i 0
+    ceph-mon -c "$CEPH_CONF" -i a; [ "$MGR" != 1 ] || ceph-mgr -c "$CEPH_CONF" -i x; ceph-osd -c "$CEPH_CONF" -i 0
     [ ! -d "$DIR/mds" ] || [ "$MDS" != 1 ] || ceph-mds -c "$CEPH_CONF" -i a
     [ "$RGW" != 1 ] || radosgw -c "$CEPH_CONF" -n client.rgw.a
     say "daemons started"
@@ -207,7 +208,8 @@ start)
     [ "$MDS" != 1 ] || wait_for 60 "mds active" mdsup
     [ "$MDS" != 1 ] || wait_for 60 "volumes module" volumesup
     [ "$RGW" != 1 ] || wait_for 60 "rgw listening" rgwup
-    wait_for 90 "HEALTH_OK" healthy || { ceph health detail; exit 1; }
+    if [ "$MGR" = 1 ]; then wait_for 90 "HEALTH_OK" healthy || { ceph health detail; exit 1; }
+    else wait_for 90 "osd active" osdactive || { tail -n 20 "$DIR/log/osd.0.log"; exit 1; }; fi
     ;;
 osd) # on other ports: who still calls the dead one's would be answered by a stranger, and call again at once, without end
     if ! alive osd.0 >/dev/null; then

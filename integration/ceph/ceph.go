@@ -29,6 +29,7 @@ var script []byte
 type Options struct {
 	Files bool   // CephFS
 	S3    bool   // the S3 gateway
+	Bare  bool   // no manager, which images do not need: the start takes half as long
 	Size  string // of the OSD's sparse file, as numfmt reads it; 32G if empty
 	// Lease is for how many seconds the OSD may answer reads on its own (osd_pool_default_read_lease_ratio), 7 if zero. It
 	// renews its lease at half that time. One that was paused for longer finds its lease expired, and what it is asked
@@ -90,7 +91,7 @@ func Start(ctx context.Context, o Options) (*Cluster, error) {
 			break
 		}
 		c.Ports = [2]int{port, port + ports - 1}
-		c.env = append(os.Environ(), fmt.Sprintf("PORT=%d", port), "MDS="+bit(o.Files), "RGW="+bit(o.S3),
+		c.env = append(os.Environ(), fmt.Sprintf("PORT=%d", port), "MGR="+bit(!o.Bare), "MDS="+bit(o.Files), "RGW="+bit(o.S3),
 			"S3_KEY="+c.AccessKey, "S3_SECRET="+c.SecretKey)
 		if o.Size != "" {
 			c.env = append(c.env, "OSD_SIZE="+o.Size)

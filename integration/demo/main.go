@@ -2,11 +2,11 @@
 // two mounted volumes and a writer on both; two cuts, the changed blocks between them, a full and an incremental backup,
 // a restore over old bytes; and the proof of each claim. It needs root and leaves nothing behind.
 //
-//	demo [-backend reflink|lvm-thin] [PROGRAM]
+//	demo [-backend reflink|lvm-thin|ceph-rbd] [PROGRAM]
 //
 // With reflink both volumes are files of a pool. With lvm-thin one is a thin volume, in the same cut with a file: that
 // is one instant on every kernel, also where two thin volumes cannot be. It runs where there is device-mapper (package
-// vm).
+// vm). With ceph-rbd one is an image of a Ceph cluster that the demo starts; both programs must be built with Ceph.
 package main
 
 import (
@@ -33,7 +33,7 @@ func main() {
 	vm.Init()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	backend := flag.String("backend", "reflink", "what the volumes are on: reflink or lvm-thin")
+	backend := flag.String("backend", "reflink", "what the volumes are on: reflink, lvm-thin or ceph-rbd")
 	flag.Parse()
 	program := filepath.Join("bin", "stillpoint")
 	if flag.NArg() > 0 {
@@ -174,16 +174,24 @@ func (d *demo) build(ctx context.Context) (err error) {
 	}
 	passphrase := filepath.Join(d.lab.Dir, "passphrase")
 	d.env = append(os.Environ(), "STILLPOINT_RUN="+filepath.Join(d.lab.Dir, "run"), "STILLPOINT_REMOTE="+filepath.Join(d.lab.Dir, "remote"), "STILLPOINT_PASSPHRASE_FILE="+passphrase)
-	if err := os.WriteFile(passphrase, []byte("only for this demo\n"), 0o600); err != nil || d.grounds.thin == "" {
+	if err := os.WriteFile(passphrase, []byte("only for this demo\n"), 0o600); err != nil || d.grounds.backend == "reflink" {
 		return err // what is configured by itself is enough
+	}
+	text := "backends:\n"
+	for name, parameters := range d.grounds.backends() {
+		text += fmt.Sprintf("  %s:\n    adapter: %s\n    parameters: {", name, name)
+		for key, value := range parameters {
+			text += fmt.Sprintf("%s: %q, ", key, value)
+		}
+		text += "}\n"
 	}
 	config := filepath.Join(d.lab.Dir, "config.yaml")
 	d.args = []string{"--config", config}
-	return os.WriteFile(config, []byte("backends:\n  reflink: {adapter: reflink}\n  lvm-thin: {adapter: lvm-thin}\n"), 0o600)
+	return os.WriteFile(config, []byte(text), 0o600)
 }
 
 var (
-	snapshotHandle = regexp.MustCompile(`(?m)^(?:reflink|lvm-thin):\S+@\S+`)
+	snapshotHandle = regexp.MustCompile(`(?m)^(?:reflink|lvm-thin|ceph-rbd):\S+@\S+`)
 	backupHandle   = regexp.MustCompile(`(?m)^backup:\S+`)
 )
 

@@ -113,10 +113,20 @@ func (l *Lab) Volume(ctx context.Context, folder, name, fstype string, size int6
 }
 
 func (l *Lab) make(ctx context.Context, folder, name, fstype string, size int64, flags uint32) (*Filesystem, error) {
-	fs := &Filesystem{File: filepath.Join(folder, name+".img"), Mount: filepath.Join(l.Dir, "mnt-"+name), Type: fstype}
-	if err := Sparse(fs.File, size); err != nil {
+	file := filepath.Join(folder, name+".img")
+	if err := Sparse(file, size); err != nil {
 		return nil, err
 	}
+	return l.in(ctx, file, name, fstype, flags)
+}
+
+// In makes a filesystem in a file that there is.
+func (l *Lab) In(ctx context.Context, file, name, fstype string) (*Filesystem, error) {
+	return l.in(ctx, file, name, fstype, 0)
+}
+
+func (l *Lab) in(ctx context.Context, file, name, fstype string, flags uint32) (*Filesystem, error) {
+	fs := &Filesystem{File: file, Mount: filepath.Join(l.Dir, "mnt-"+name), Type: fstype}
 	if err := Mkfs(ctx, fstype, fs.File); err != nil {
 		return nil, err
 	}

@@ -30,36 +30,64 @@ func (l *Lab) Sound(ctx context.Context, fstype, file string) error {
 			return err
 		}
 		defer os.Remove(fs.File)
-		if err := fs.Down(); err != nil {
-			return err
-		}
-		return run(ctx, "xfs_repair", "-n", fs.File)
+		return replayed(ctx, fs)
 	default:
 		return fmt.Errorf("no check for a %s filesystem", fstype)
 	}
 }
 
+// Replayed checks that no error is found in the filesystem in a file once mount has replayed its log there. The file must
+// be one to be written to: a clone of a snapshot.
+func (l *Lab) Replayed(ctx context.Context, fstype, file string) error {
+	fs, err := l.MountAgain(ctx, fstype, file)
+	if err != nil {
+		return err
+	}
+	return replayed(ctx, fs)
+}
+
+func replayed(ctx context.Context, fs *Filesystem) error {
+	if err := fs.Down(); err != nil {
+		return err
+	}
+	if fs.Type == "xfs" {
+		return run(ctx, "xfs_repair", "-n", fs.File)
+	}
+	return run(ctx, "e2fsck", "-fn", fs.File)
+}
+
 // MountCopy mounts a copy of a file or device with a filesystem: of a file a reflink copy beside it, of a device one in
 // the lab, with holes for zeros. The caller takes it down.
 func (l *Lab) MountCopy(ctx context.Context, fstype, file string) (*Filesystem, error) {
-	mnt, err := os.MkdirTemp(l.Dir, "copy-")
-	if err != nil {
-		return nil, err
-	}
-	fs := &Filesystem{File: file + ".copy", Mount: mnt, Type: fstype}
 	info, err := os.Stat(file)
 	if err != nil {
 		return nil, err
 	}
-	copying := []string{"cp", "--reflink=always", "--no-preserve=mode", file, fs.File}
+	made := file + ".copy"
+	copying := []string{"cp", "--reflink=always", "--no-preserve=mode", file, made}
 	if !info.Mode().IsRegular() {
-		fs.File = mnt + ".img"
-		copying = []string{"dd", "if=" + file, "of=" + fs.File, "bs=1M", "conv=sparse", "status=none"}
+		to, err := os.CreateTemp(l.Dir, "copy-*.img")
+		if err != nil {
+			return nil, err
+		}
+		made = to.Name()
+		to.Close()
+		copying = []string{"dd", "if=" + file, "of=" + made, "bs=1M", "conv=sparse", "status=none"}
 	}
 	if err := run(ctx, copying[0], copying[1:]...); err != nil {
 		return nil, err
 	}
-	device, f, err := Loop(fs.File)
+	return l.MountAgain(ctx, fstype, made)
+}
+
+// MountAgain mounts the filesystem in a file, though another one of the same UUID may be mounted. The caller takes it
+// down.
+func (l *Lab) MountAgain(ctx context.Context, fstype, file string) (*Filesystem, error) {
+	mnt, err := os.MkdirTemp(l.Dir, "copy-")
+	if err != nil {
+		return nil, err
+	}
+	device, f, err := Loop(file)
 	if err != nil {
 		return nil, err
 	}
@@ -69,10 +97,9 @@ func (l *Lab) MountCopy(ctx context.Context, fstype, file string) (*Filesystem, 
 		options = "nouuid" // the original is mounted, too
 	}
 	if err := unix.Mount(device, mnt, fstype, 0, options); err != nil {
-		return nil, fmt.Errorf("mounting a copy of %s (%s): %w", file, fstype, err)
+		return nil, fmt.Errorf("mounting %s again (%s): %w", file, fstype, err)
 	}
-	fs.Device = device
-	return fs, nil
+	return &Filesystem{File: file, Device: device, Mount: mnt, Type: fstype}, nil
 }
 
 func run(ctx context.Context, name string, args ...string) error {

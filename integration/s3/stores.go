@@ -132,7 +132,17 @@ func startCeph(ctx context.Context) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Store{Kind: Ceph, Endpoint: c.S3Endpoint, AccessKey: c.AccessKey, SecretKey: c.SecretKey, Region: "default", Cluster: c, close: c.Close}
+	s, err := OfCluster(c)
+	if err != nil {
+		return nil, errors.Join(err, c.Close())
+	}
+	s.close = c.Close
+	return s, nil
+}
+
+// OfCluster is the gateway of a cluster that runs already, with which it goes.
+func OfCluster(c *ceph.Cluster) (*Store, error) {
+	s := &Store{Kind: Ceph, Endpoint: c.S3Endpoint, AccessKey: c.AccessKey, SecretKey: c.SecretKey, Region: "default", Cluster: c, close: func() error { return nil }}
 	return s, s.connect(http.DefaultTransport)
 }
 

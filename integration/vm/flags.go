@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime/debug"
 	"strings"
 	"testing"
 	"time"
@@ -110,7 +111,15 @@ func withoutRaceDetector(ctx context.Context, into string) (string, error) {
 	if !testing.Testing() {
 		return "", errors.New("a program with the race detector does not work in User-Mode Linux: build it without")
 	}
-	out, err := exec.CommandContext(ctx, "go", "test", "-c", "-vet=off", "-o", into, ".").CombinedOutput()
+	args := []string{"test", "-c", "-vet=off", "-o", into}
+	if info, ok := debug.ReadBuildInfo(); ok {
+		for _, s := range info.Settings {
+			if s.Key == "-tags" {
+				args = append(args, "-tags", s.Value)
+			}
+		}
+	}
+	out, err := exec.CommandContext(ctx, "go", append(args, ".")...).CombinedOutput()
 	if err != nil {
 		return "", fmt.Errorf("building the tests without the race detector: %w\n%s", err, out)
 	}
