@@ -27,7 +27,14 @@
 // the trash by Ceph when it is deleted, and goes with the last of them; where the clones are of the old kind (version
 // 1), or somebody protected it, it is Busy.
 //
-// A restore makes an image .stillpoint-restore-HASH in the pool of the volume that is to be, and renames it at Commit.
+// A restore makes an image .stillpoint-restore-HASH in the pool of the volume that is to be, and renames it at Commit. What
+// fills an image says in the image's metadata which process on which boot of which kernel it is, and which client of Ceph:
+// when that process is known to have died, the next one shuts its client out rather than waiting until Ceph has noticed
+// (holder.go). Records whose snapshot is gone, and what a clone has of its parent's records, go with the next publication or
+// deletion (sweep.go).
+//
+// The changes of one image come one after the other, within a process (turns) and among all that are Stillpoint's
+// (turn.go): clients that change an image at once have to take its exclusive lock from each other.
 //
 // # Changed blocks
 //
