@@ -33,7 +33,7 @@ RACE        := -race -gcflags=golang.org/x/crypto/scrypt=-race=false
 # What the demo's volumes are on: reflink or lvm-thin.
 BACKEND     := reflink
 
-.PHONY: build ceph demo check lint lint-ceph test soak versitygw bench clean
+.PHONY: build ceph demo check lint lint-ceph test soak versitygw kubernetes bench clean
 
 build:
 	@./packages.sh
@@ -63,7 +63,7 @@ lint-ceph:
 	go vet -tags $(CEPH_TAGS) ./...
 	go run $(STATICCHECK) -tags $(CEPH_TAGS) ./...
 
-test: lint lint-ceph versitygw
+test: lint lint-ceph versitygw kubernetes
 	@./packages.sh $(FILESYSTEMS) $(CEPH) $(THIN) $(GUEST)
 	@go run ./integration/vm/fetch uml-newer
 	go test $(RACE) -tags $(CEPH_TAGS) -timeout 40m ./...
@@ -77,6 +77,11 @@ soak:
 versitygw:
 	@echo "building versitygw, if it is not in the build cache yet"
 	@go -C integration/versitygw tool -n versitygw >/dev/null
+
+# The Kubernetes for tests, the snapshot controller and the CSI sidecars: built once, in five minutes on two idle cores, and
+# kept in the user's cache.
+kubernetes:
+	@go run ./integration/kubernetes/build
 
 bench: build
 	@./packages.sh $(FILESYSTEMS) $(PEERS) $(THIN) $(CEPH) $(CEPH_BUILD)

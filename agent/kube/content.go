@@ -61,6 +61,63 @@ func withHandle(handle string, contents []snapshotv1.VolumeSnapshotContent) (fou
 	return found
 }
 
+// VolumeHandle is the handle that the volume of a snapshot has in Kubernetes, by the name that the snapshot was asked for
+// with: that holds the VolumeSnapshot's UID, and so does the name of its content. NotFound if there is no such content any
+// more: the snapshot was not made for Kubernetes, or is to be deleted.
+func (a *API) VolumeHandle(ctx context.Context, wanted string) (string, error) {
+	uid, is := class.UIDOf(wanted)
+	if !is {
+		return "", fault.Errorf(fault.NotFound, "snapshot %s: it was not made for a VolumeSnapshot", wanted)
+	}
+	// k8s.io/external-snapshotter: pkg/utils/util.go, GetDynamicSnapshotContentNameForSnapshot.
+	name := "snapcontent-" + uid
+	content, err := a.snapshots.SnapshotV1().VolumeSnapshotContents().Get(ctx, name, metav1.GetOptions{})
+	if err != nil {
+		return "", fetched("VolumeSnapshotContent "+name, err)
+	}
+	if content.Spec.Driver != class.Driver || content.Spec.Source.VolumeHandle == nil {
+		return "", fault.Errorf(fault.NotFound, "VolumeSnapshotContent %s: it is not that of a snapshot of ours", name)
+	}
+	return *content.Spec.Source.VolumeHandle, nil
+}
+
+// Related says that whoever may read the snapshot target, which is all that was asked when a call came, may read base too:
+// every namespace that has target has base. NotFound if not, and the same NotFound whatever the reason, so that nobody
+// finds out by asking which handles there are.
+func (a *API) Related(ctx context.Context, base, target string) error {
+	baseContents, err := a.Contents(ctx, base)
+	if err != nil {
+		return err
+	}
+	targetContents, err := a.Contents(ctx, target)
+	if err != nil {
+		return err
+	}
+	return related(baseContents, targetContents)
+}
+
+func related(base, target []Content) error {
+	has := map[string]bool{}
+	for _, c := range base {
+		has[c.Namespace] = has[c.Namespace] || c.UID != ""
+	}
+	bound := false
+	for _, c := range target {
+		if c.UID == "" {
+			continue // nobody can read by it yet
+		}
+		if bound = true; !has[c.Namespace] {
+			return errUnrelated
+		}
+	}
+	if !bound {
+		return errUnrelated
+	}
+	return nil
+}
+
+var errUnrelated = fault.Errorf(fault.NotFound, "there are no two such snapshots of one volume in one namespace")
+
 // ClassOf reads the class that a snapshot's handle belongs to, for the calls that carry no parameters: handle, content,
 // class. NotFound if there is no content with that handle, none of them has a class, or the class is gone; Invalid if they
 // have several classes, or the class is wrong.

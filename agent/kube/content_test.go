@@ -57,3 +57,31 @@ func TestClassOf(t *testing.T) {
 		}
 	}
 }
+
+func TestRelated(t *testing.T) {
+	in := func(namespaces ...string) (all []Content) {
+		for _, n := range namespaces {
+			all = append(all, Content{Namespace: n, UID: "u"})
+		}
+		return all
+	}
+	waiting := []Content{{Namespace: "shop", Written: true}}
+	for _, c := range []struct {
+		base, target []Content
+		want         bool
+	}{
+		{in("shop"), in("shop"), true},
+		{in("shop", "lab"), in("shop"), true},
+		{in("shop"), in("shop", "spy"), false}, // who reads target in spy may not read base
+		{in("shop"), in("spy"), false},
+		{nil, in("shop"), false},
+		{in("shop"), nil, false},
+		{waiting, in("shop"), false},
+		{in("shop"), waiting, false},
+		{nil, nil, false},
+	} {
+		if err := related(c.base, c.target); (err == nil) != c.want || err != nil && !errors.Is(err, fault.NotFound) {
+			t.Errorf("%+v, %+v: %v", c.base, c.target, err)
+		}
+	}
+}

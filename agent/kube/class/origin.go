@@ -24,11 +24,19 @@ func OriginOf(parameters map[string]string, wanted string) (Origin, error) {
 	if o.Namespace == "" || o.Name == "" {
 		return Origin{}, fault.Errorf(fault.Invalid, "snapshot %s: the call does not say which VolumeSnapshot it is for: run csi-snapshotter with --extra-create-metadata", wanted)
 	}
-	if len(wanted) < uidLength || !isUID(wanted[len(wanted)-uidLength:]) {
+	var is bool
+	if o.UID, is = UIDOf(wanted); !is {
 		return Origin{}, fault.Errorf(fault.Invalid, "VolumeSnapshot %s: its snapshot is to be named %q, which does not end in a UID: run csi-snapshotter without --snapshot-name-uuid-length", o, wanted)
 	}
-	o.UID = wanted[len(wanted)-uidLength:]
 	return o, nil
+}
+
+// UIDOf is the UID that the name which a sidecar asks for ends in, if it does.
+func UIDOf(wanted string) (string, bool) {
+	if len(wanted) < uidLength || !isUID(wanted[len(wanted)-uidLength:]) {
+		return "", false
+	}
+	return wanted[len(wanted)-uidLength:], true
 }
 
 const uidLength = 36
