@@ -177,6 +177,13 @@ spec:
 	if _, err := os.Stat(written); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("the mount is seen outside of the node: %v", err)
 	}
+	const plugins = "/var/lib/kubelet/device-plugins/kubelet.sock" // whatever the kubelet's folder is
+	if err := n.Inside(func() error { _, err := os.Stat(plugins); return err }); err != nil {
+		t.Errorf("it is no longer so that the kubelet writes there: %v", err)
+	}
+	if info, err := os.Stat(plugins); err == nil && info.ModTime().After(began) {
+		t.Errorf("the kubelet writes to this machine's %s", plugins)
+	}
 	data, err := os.ReadFile(filepath.Join(filepath.Dir(mount), "vol_data.json"))
 	if err != nil || !strings.Contains(string(data), `"volumeHandle":"blk-1"`) {
 		t.Errorf("what the kubelet keeps of the volume: %s, %v", data, err)

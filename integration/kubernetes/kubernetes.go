@@ -30,6 +30,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -71,6 +72,9 @@ func Start(ctx context.Context, o Options) (*Cluster, error) {
 	dir, err := os.MkdirTemp("", "kubernetes-")
 	if err != nil {
 		return nil, err
+	}
+	if len(dir) > 40 || strings.HasPrefix(dir, "/var/lib/") || strings.HasPrefix(dir, "/var/log/") {
+		return nil, errors.Join(fmt.Errorf("%s is too long a path for sockets in it, or in /var/lib or /var/log, which nodes have their own of: set TMPDIR to another folder", dir), os.Remove(dir))
 	}
 	c := &Cluster{programs: programs, dir: dir, logs: filepath.Join(dir, "log")}
 	// What is killed at that moment may still be writing: it tries more than once.

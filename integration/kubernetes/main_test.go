@@ -4,7 +4,10 @@ import (
 	"fmt"
 	"os"
 	"testing"
+	"time"
 )
+
+var began = time.Now() // before any cluster
 
 var shared = Shared{Options: Options{Nodes: 1}}
 

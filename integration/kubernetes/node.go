@@ -34,7 +34,8 @@ func (c *Cluster) newNode(i int) (*Node, error) {
 	name := "node-" + string(rune('a'+i))
 	dir := filepath.Join(c.dir, name)
 	n := &Node{Name: name, Address: fmt.Sprintf("10.0.1.%d", i+1), Root: filepath.Join(dir, "kubelet"), cluster: c}
-	for _, folder := range []string{dir, n.Root} {
+	over := filepath.Join(dir, "var-lib") // what the node writes below /var/lib
+	for _, folder := range []string{dir, n.Root, over, filepath.Join(over, "upper"), filepath.Join(over, "work")} {
 		if err := os.Mkdir(folder, 0o755); err != nil {
 			return nil, err
 		}
@@ -47,8 +48,10 @@ func (c *Cluster) newNode(i int) (*Node, error) {
 		if err := forgetVolumes(dir, c.programs); err != nil {
 			return err
 		}
-		// The kubelet makes links to the logs of containers there, under no other name.
-		return unix.Mount("tmpfs", "/var/log", "tmpfs", 0, "size=16m")
+		// The kubelet makes links to the logs of containers in /var/log, and a socket in /var/lib/kubelet for plugins of
+		// devices, wherever its own folder is.
+		return errors.Join(unix.Mount("tmpfs", "/var/log", "tmpfs", 0, "size=16m"),
+			unix.Mount("overlay", "/var/lib", "overlay", 0, fmt.Sprintf("lowerdir=/var/lib,upperdir=%s/upper,workdir=%[1]s/work", over)))
 	})
 	if err != nil {
 		return nil, err
