@@ -176,7 +176,8 @@ type VolumeSpec struct {
 	ID        VolumeID
 	Size      int64
 	Token     string
-	Overwrite bool // write over an existing volume, which must be of Size or larger, instead of making a new one
+	Overwrite bool   // write over an existing volume, which must be of Size or larger, instead of making a new one
+	Origin    Origin // of a new volume that is made for somebody, kept by a Provisioner and ignored by others
 }
 
 // Target is a volume being filled, as a file of a tree is. What an error interrupts may be written in part and is written
@@ -325,6 +326,7 @@ func CapabilitiesOf(a Adapter) Capabilities {
 		"open":         has[Opener](a),
 		"restore":      has[Restorer](a),
 		"clone":        has[Cloner](a),
+		"provision":    has[Provisioner](a),
 		"tree":         has[Trees](a),
 		"restore-tree": has[TreeRestorer](a),
 	}

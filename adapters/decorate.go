@@ -51,6 +51,7 @@ func Decorate(a Adapter, l Layer) Adapter {
 	add(d, func(in Opener) any { return opener{d.layered, in} })
 	add(d, func(in Restorer) any { return restorer{d.layered, in} })
 	add(d, func(in Cloner) any { return cloner{d.layered, in} })
+	add(d, func(in Provisioner) any { return provisioner{d.layered, in} })
 	add(d, func(in Trees) any { return trees{d.layered, in} })
 	add(d, func(in TreeRestorer) any { return treeRestorer{d.layered, in} })
 	return d

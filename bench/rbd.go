@@ -3,16 +3,20 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/ceph/go-ceph/rados"
 	"github.com/ceph/go-ceph/rbd"
@@ -29,11 +33,17 @@ var rbdCases = []struct {
 	name          string
 	size, written int64
 	changes       int
-	goals         [2]float64 // export-diff's time ÷ ours: with 10 requests in flight, and with 64
+	places        []rbdPlace
 }{
-	{"1 TiB, 2 GiB written", 1024 * gib, 2 * gib, 200, [2]float64{50, 30}},
-	{"100 GiB, 2 GiB written", 100 * gib, 2 * gib, 500, [2]float64{8, 5}},
-	{"10 GiB, all written", 10 * gib, 10 * gib, 2000, [2]float64{1, 1}},
+	{"1 TiB, 2 GiB written", 1024 * gib, 2 * gib, 200, []rbdPlace{{0, [2]float64{50, 30}}}},
+	{"100 GiB, 2 GiB written", 100 * gib, 2 * gib, 500, []rbdPlace{{0, [2]float64{8, 5}}}},
+	{"10 GiB, all written", 10 * gib, 10 * gib, 2000, []rbdPlace{{0, [2]float64{1, 1}}, {time.Millisecond, [2]float64{1.2, 1.2}}}},
+}
+
+// rbdPlace is how far away the cluster is.
+type rbdPlace struct {
+	delay time.Duration // added in each direction
+	goals [2]float64    // export-diff's time ÷ ours: with 10 requests in flight, and with 64
 }
 
 // rbdFlights are the numbers of requests in flight that export-diff is run with; the first is its default.
@@ -52,8 +62,8 @@ func (b *bench) rbd(ctx context.Context) (err error) {
 	defer func() { err = errors.Join(err, c.Close()) }()
 	b.env = append(b.env, "CEPH_CONF="+c.Conf)
 	b.say("\n## Changed blocks of RBD images\n")
-	b.say("A cluster of one OSD on this machine, %s. The image has objects of 4 MiB; between two snapshots, random runs of %d KiB of what is written are overwritten. Stillpoint is the adapter ceph-rbd in a process of its own: it connects, finds the changes, reads them with %d readers, and writes them to /dev/null. Medians of 5 runs, interleaved.\n",
-		version(ctx, "ceph", "--version"), rbdChange/kib, rbdReaders)
+	b.say("A cluster of one OSD on this machine, %s. The image has objects of 4 MiB; between two snapshots, random runs of %d KiB of what is written are overwritten. Stillpoint is the adapter ceph-rbd in a process of its own: it connects, finds the changes, reads them with %d readers, and writes them to /dev/null. Medians of %d runs, interleaved. The last row has the cluster farther away: a relay delivers all that goes in either direction 1 ms later.\n",
+		version(ctx, "ceph", "--version"), rbdChange/kib, rbdReaders, rbdTurns)
 	b.say("| image | changes | changed, MiB | read, MiB | read ÷ changed | Stillpoint, s | export-diff, s | with 64 in flight, s | export-diff ÷ Stillpoint | 64 in flight ÷ Stillpoint | goals | processor time, s: Stillpoint, export-diff |")
 	b.say("|---|---|---|---|---|---|---|---|---|---|---|---|")
 	for i, x := range rbdCases {
@@ -62,35 +72,69 @@ func (b *bench) rbd(ctx context.Context) (err error) {
 		if err != nil {
 			return fmt.Errorf("%s: %w", x.name, err)
 		}
-		var walls [3][]float64
-		var cpus [3][]float64
-		read := int64(0)
-		for range 5 {
-			for way := range walls {
-				name, args := self, []string{"-rbd-read", c.Conf + "," + image}
-				if way > 0 {
-					name = "rbd"
-					args = []string{"export-diff", "--no-progress", "--rbd-concurrent-management-ops", fmt.Sprint(rbdFlights[way-1]), "--from-snap", "a", "rbd/" + image + "@b", "-"}
+		for _, p := range x.places {
+			name := x.name
+			if p.delay > 0 {
+				name += fmt.Sprintf(", %v away", 2*p.delay)
+			}
+			m, err := b.rbdCompare(ctx, c, self, image, p.delay)
+			if err != nil {
+				return fmt.Errorf("%s: %w", name, err)
+			}
+			w, cpu := m.walls, m.cpus
+			b.say("| %s | %d | %.1f | %.1f | %.3f | %.2f | %.2f | %.2f | %.1f | %.1f | %.1f, %.1f | %.2f, %.2f |", name, x.changes, float64(changed)/mib, float64(m.read)/mib, float64(m.read)/float64(changed),
+				w[0], w[1], w[2], w[1]/w[0], w[2]/w[0], p.goals[0], p.goals[1], cpu[0], cpu[1])
+		}
+	}
+	return nil
+}
+
+// rbdMeasured are the medians of Stillpoint's process and of export-diff's with each number of requests in flight.
+type rbdMeasured struct {
+	walls, cpus [3]float64 // seconds
+	read        int64      // bytes, by Stillpoint
+}
+
+// rbdCompare runs the three in turn. The first turn does not count: it warms up.
+func (b *bench) rbdCompare(ctx context.Context, c *cluster.Cluster, self, image string, delay time.Duration) (m rbdMeasured, err error) {
+	run := func(cmd *exec.Cmd) error { return cmd.Run() }
+	if delay > 0 {
+		f, err := newFar(c.Ports[0], c.Ports[1], delay)
+		if err != nil {
+			return m, err
+		}
+		defer f.Close()
+		run = f.run
+	}
+	var walls, cpus [3][]float64
+	for turn := range 1 + rbdTurns {
+		for way := range walls {
+			name, args := self, []string{"-rbd-read", c.Conf + "," + image}
+			if way > 0 {
+				name = "rbd"
+				args = []string{"export-diff", "--no-progress", "--rbd-concurrent-management-ops", fmt.Sprint(rbdFlights[way-1]), "--from-snap", "a", "rbd/" + image + "@b", "-"}
+			}
+			u, err := b.rbdRun(ctx, run, name, args...)
+			if err != nil {
+				return m, err
+			}
+			if way == 0 {
+				if _, err := fmt.Sscan(string(u.text), &m.read); err != nil {
+					return m, err
 				}
-				u, err := b.rbdRun(ctx, name, args...)
-				if err != nil {
-					return err
-				}
-				if way == 0 {
-					if _, err := fmt.Sscan(string(u.text), &read); err != nil {
-						return err
-					}
-				}
+			}
+			if turn > 0 {
 				walls[way] = append(walls[way], u.wall.Seconds())
 				cpus[way] = append(cpus[way], u.cpu.Seconds())
 			}
 		}
-		w, p := medians(walls), medians(cpus)
-		b.say("| %s | %d | %.1f | %.1f | %.3f | %.2f | %.2f | %.2f | %.1f | %.1f | %.0f, %.0f | %.2f, %.2f |", x.name, x.changes, float64(changed)/mib, float64(read)/mib, float64(read)/float64(changed),
-			w[0], w[1], w[2], w[1]/w[0], w[2]/w[0], x.goals[0], x.goals[1], p[0], p[1])
 	}
-	return nil
+	m.walls, m.cpus = medians(walls), medians(cpus)
+	return m, nil
 }
+
+// rbdTurns is how many runs of each are measured.
+const rbdTurns = 7
 
 func medians(all [3][]float64) (m [3]float64) {
 	for i := range all {
@@ -100,17 +144,24 @@ func medians(all [3][]float64) (m [3]float64) {
 	return m
 }
 
-// rbdRun measures a program whose data goes to /dev/null. What it says of itself is its standard error.
-func (b *bench) rbdRun(ctx context.Context, name string, args ...string) (usage, error) {
-	if strings.HasPrefix(args[0], "-") { // ours opens /dev/null itself, and tells how much it read
-		return b.time(ctx, false, nil, name, args...)
+// rbdRun measures a program whose data goes to /dev/null: ours opens that itself, and tells how much it read.
+func (b *bench) rbdRun(ctx context.Context, run func(*exec.Cmd) error, name string, args ...string) (usage, error) {
+	var stdout, stderr bytes.Buffer
+	c := exec.CommandContext(ctx, name, args...)
+	c.Env, c.Stdout, c.Stderr = b.env, &stdout, &stderr
+	if name == "rbd" {
+		null, err := os.OpenFile(os.DevNull, os.O_WRONLY, 0)
+		if err != nil {
+			return usage{}, err
+		}
+		defer null.Close()
+		c.Stdout = null
 	}
-	null, err := os.OpenFile(os.DevNull, os.O_WRONLY, 0)
-	if err != nil {
-		return usage{}, err
+	begin := time.Now()
+	if err := run(c); err != nil {
+		return usage{}, fmt.Errorf("%s %s: %w: %s", filepath.Base(name), strings.Join(args, " "), err, stderr.Bytes())
 	}
-	defer null.Close()
-	return b.timeInto(ctx, null, false, nil, name, args...)
+	return usage{wall: time.Since(begin), cpu: c.ProcessState.UserTime() + c.ProcessState.SystemTime(), text: stdout.Bytes()}, nil
 }
 
 // rbdPrepare makes an image, snapshot a of it, changes, and snapshot b. It returns how many bytes are changed.
@@ -204,7 +255,7 @@ func inTurns(workers int, n int64, do func(i int64) error) error {
 }
 
 // rbdReaders is how many reads are under way at once.
-const rbdReaders = 32
+const rbdReaders = 64
 
 // rbdRead is the process that is measured: it reads what changed between an image's snapshots a and b, and prints how
 // many bytes those were.

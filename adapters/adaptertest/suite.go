@@ -52,6 +52,9 @@ type Harness struct {
 	CreateTree func(t testing.TB) TreeVolume
 	AbsentTree func(t testing.TB) adapters.VolumeID
 
+	// Provision opens an adapter as Open does, which has a place for new volumes. What is made there is removed by the suite.
+	Provision func(t testing.TB) adapters.Adapter
+
 	// Step is the number of bytes that sizes of volumes are multiples of; 0 means 4096.
 	Step int64
 	// Size is the number of bytes of the volumes in most tests; 0 means 4 MiB. More makes the suite thorough, and slow.
@@ -115,6 +118,9 @@ func Run(t *testing.T, h Harness) {
 		{"Clone", []string{"clone", "restore", "open"}, (*suite).clone},
 		{"Clone/Errors", []string{"clone", "restore"}, (*suite).cloneErrors},
 		{"Restore/Errors", []string{"restore"}, (*suite).restoreErrors},
+		{"Provision/Places", []string{"provision"}, (*suite).places},
+		{"Provision", []string{"provision", "restore", "open"}, (*suite).provision},
+		{"Provision/Strangers", []string{"provision"}, (*suite).strangers},
 		{"Tree", []string{"tree"}, (*suite).tree},
 		{"Tree/Errors", []string{"tree"}, (*suite).treeErrors},
 		{"Tree/Restore", []string{"tree", "restore-tree"}, (*suite).replant},

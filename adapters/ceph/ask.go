@@ -9,61 +9,72 @@ import (
 	"sync"
 
 	"github.com/ceph/go-ceph/rbd"
+	"golang.org/x/sync/semaphore"
 
 	"stillpoint.io/stillpoint/cbt"
 )
 
 const (
 	// asking is how many calls ask for exact changes at once. Within one, librbd asks about many objects at once.
-	asking = 8
+	asking = 32
 	// waiting is how many answers are kept until it is their turn.
-	waiting = 16
+	waiting = 64
+	// aheadMax is about how many objects at most, in spans of any length, the two are.
+	aheadMax = 1024
 )
 
 // ask lists exactly what changed since the snapshot of that name, or since nothing, within a set of objects; nil is all
-// of them. The calls run in parallel, their answers come in order. At most waiting answers of spanMax objects are in
-// memory, 24 bytes for each extent. When the stream is left early, the calls that run are left to themselves.
+// of them. The calls run in parallel, their answers come in order. At most about aheadMax objects' answers are in memory, 24
+// bytes for each extent. When the stream is left early, the calls that run are left to themselves.
 func (d *diff) ask(ctx context.Context, since string, set objectSet, from int64) cbt.Seq {
 	return func(yield func(cbt.Extent, error) bool) {
 		type answer struct {
 			extents []cbt.Extent
 			err     error
 		}
+		type question struct {
+			objects int64
+			answer  chan answer
+		}
 		ctx, stop := context.WithCancel(ctx)
 		var group sync.WaitGroup
 		defer group.Wait() // for goroutines only: what they wait for ends with the context
 		defer stop()
-		answers := make(chan chan answer, waiting)
-		turns := make(chan struct{}, asking)
+		questions := make(chan question, waiting)
+		turns, ahead := make(chan struct{}, asking), semaphore.NewWeighted(aheadMax)
 		group.Go(func() {
-			defer close(answers)
+			defer close(questions)
 			for next := from / d.objects; ; {
 				s, ok := d.span(set, next)
 				if !ok {
 					return
 				}
 				next = s.end
-				mine := make(chan answer, 1)
+				q := question{s.end - s.first, make(chan answer, 1)}
+				if ahead.Acquire(ctx, q.objects) != nil {
+					return
+				}
 				select {
-				case answers <- mine:
+				case questions <- q:
 				case <-ctx.Done():
 					return
 				}
 				select {
 				case turns <- struct{}{}:
 				case <-ctx.Done():
-					mine <- answer{err: ctx.Err()}
+					q.answer <- answer{err: ctx.Err()}
 					return
 				}
 				group.Go(func() {
 					defer func() { <-turns }()
 					extents, err := d.within(ctx, since, s)
-					mine <- answer{extents, err}
+					q.answer <- answer{extents, err}
 				})
 			}
 		})
-		for mine := range answers {
-			a := <-mine
+		for q := range questions {
+			a := <-q.answer
+			ahead.Release(q.objects)
 			if a.err != nil {
 				yield(cbt.Extent{}, a.err)
 				return

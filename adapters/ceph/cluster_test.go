@@ -5,6 +5,7 @@ package ceph
 import (
 	"context"
 	"crypto/rand"
+	"errors"
 	"flag"
 	"fmt"
 	"os"
@@ -21,74 +22,105 @@ import (
 	"stillpoint.io/stillpoint/integration/ceph"
 )
 
-// The tests share one cluster. The adapters are a cephx user with no more than the profile rbd; the tests themselves, which
+// site is a cluster with its two users. The adapters are one with no more than the profile rbd; the tests themselves, which
 // play the volumes' users, are the administrator.
-var (
-	running *ceph.Cluster
+type site struct {
+	*ceph.Cluster
 	keyring string // the path of the limited user's
 	admin   *rados.Conn
-)
+}
+
+// running is the cluster that the tests share. Its OSD is never stopped: outages have clusters of their own.
+var running *site
 
 const testUser = "stillpoint"
 
 func TestMain(m *testing.M) {
 	flag.Parse()
+	if os.Getenv(victimVariable) != "" {
+		fmt.Fprintln(os.Stderr, "a process that was to be killed:", victim())
+		os.Exit(1)
+	}
 	os.Exit(withCluster(m))
 }
 
 func withCluster(m *testing.M) (code int) {
 	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
 	defer cancel()
-	fail := func(err error) int {
+	var err error
+	running, err = startSite(ctx, ceph.Options{Lease: ceph.NeverKilled})
+	if err == nil {
+		defer func() {
+			if err := running.close(); err != nil && code == 0 {
+				fmt.Fprintln(os.Stderr, "the cluster for the tests:", err)
+				code = 1
+			}
+		}()
+		err = running.prepare()
+	}
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "the cluster for the tests:", err)
 		return 1
-	}
-	var err error
-	if running, err = ceph.Start(ctx, ceph.Options{}); err != nil {
-		return fail(err)
-	}
-	defer func() {
-		if err := running.Close(); err != nil && code == 0 {
-			code = fail(err)
-		}
-	}()
-	key, err := running.User(ctx, testUser)
-	if err != nil {
-		return fail(err)
-	}
-	keyring = filepath.Join(filepath.Dir(running.Conf), "user-keyring")
-	if err := os.WriteFile(keyring, fmt.Appendf(nil, "[client.%s]\n\tkey = %s\n", testUser, key), 0o600); err != nil {
-		return fail(err)
-	}
-	if admin, err = connectAdmin(); err != nil {
-		return fail(err)
-	}
-	defer admin.Shutdown()
-	io, err := admin.OpenIOContext("rbd")
-	if err != nil {
-		return fail(err)
-	}
-	defer io.Destroy()
-	if err := rbd.NamespaceCreate(io, "twin"); err != nil {
-		return fail(err)
 	}
 	return m.Run()
 }
 
-func connectAdmin() (*rados.Conn, error) {
-	conn, err := rados.NewConnWithUser("admin")
+// prepare makes the namespace twin.
+func (s *site) prepare() error {
+	io, err := s.admin.OpenIOContext("rbd")
+	if err != nil {
+		return err
+	}
+	defer io.Destroy()
+	return rbd.NamespaceCreate(io, "twin")
+}
+
+func startSite(ctx context.Context, o ceph.Options) (*site, error) {
+	c, err := ceph.Start(ctx, o)
 	if err != nil {
 		return nil, err
 	}
-	if err := conn.ReadConfigFile(running.Conf); err != nil {
-		return nil, err
+	s := &site{Cluster: c}
+	if err := s.connect(ctx); err != nil {
+		return nil, errors.Join(err, s.close())
+	}
+	return s, nil
+}
+
+// connect makes the limited user, and the administrator's connection.
+func (s *site) connect(ctx context.Context) error {
+	key, err := s.User(ctx, testUser)
+	if err != nil {
+		return err
+	}
+	s.keyring = filepath.Join(filepath.Dir(s.Conf), "user-keyring")
+	if err := os.WriteFile(s.keyring, fmt.Appendf(nil, "[client.%s]\n\tkey = %s\n", testUser, key), 0o600); err != nil {
+		return err
+	}
+	conn, err := rados.NewConnWithUser("admin")
+	if err != nil {
+		return err
+	}
+	if err := conn.ReadConfigFile(s.Conf); err != nil {
+		return err
 	}
 	for _, o := range [][2]string{{"rbd_cache", "false"}, {"rados_osd_op_timeout", "60"}, {"rados_mon_op_timeout", "60"}, {"objecter_timeout", "1"}, {"objecter_tick_interval", "0.5"}} {
 		if err := conn.SetConfigOption(o[0], o[1]); err != nil {
-			return nil, err
+			return err
 		}
 	}
-	return conn, conn.Connect()
+	if err := conn.Connect(); err != nil {
+		return err
+	}
+	s.admin = conn
+	return nil
+}
+
+func (s *site) close() error {
+	if s.admin != nil {
+		s.admin.Shutdown()
+	}
+	return s.Cluster.Close()
 }
 
 func must(t testing.TB, err error) {
@@ -99,8 +131,8 @@ func must(t testing.TB, err error) {
 }
 
 // config is that of the backend r, as the limited user.
-func config(more map[string]string) adapters.Config {
-	c := adapters.Config{Name: "r", Parameters: map[string]string{"conf": running.Conf, "user": testUser, "keyring": keyring}}
+func (s *site) config(more map[string]string) adapters.Config {
+	c := adapters.Config{Name: "r", Parameters: map[string]string{"conf": s.Conf, "user": testUser, "keyring": s.keyring}}
 	for k, v := range more {
 		c.Parameters[k] = v
 	}
@@ -108,9 +140,11 @@ func config(more map[string]string) adapters.Config {
 }
 
 // open opens the adapter and closes it at the end of the test.
-func open(t testing.TB, more map[string]string) *Adapter {
+func open(t testing.TB, more map[string]string) *Adapter { return running.open(t, more) }
+
+func (s *site) open(t testing.TB, more map[string]string) *Adapter {
 	t.Helper()
-	a, err := RBD().Open(t.Context(), config(more))
+	a, err := RBD().Open(t.Context(), s.config(more))
 	must(t, err)
 	t.Cleanup(func() {
 		if err := a.Close(); err != nil {
@@ -135,9 +169,11 @@ func freeName(pool, namespace string) imageName {
 }
 
 // ioctx opens a pool until the end of the test.
-func ioctx(t testing.TB, n imageName) *rados.IOContext {
+func ioctx(t testing.TB, n imageName) *rados.IOContext { return running.ioctx(t, n) }
+
+func (s *site) ioctx(t testing.TB, n imageName) *rados.IOContext {
 	t.Helper()
-	io, err := admin.OpenIOContext(n.pool)
+	io, err := s.admin.OpenIOContext(n.pool)
 	must(t, err)
 	io.SetNamespace(n.namespace)
 	t.Cleanup(io.Destroy)
@@ -147,10 +183,15 @@ func ioctx(t testing.TB, n imageName) *rados.IOContext {
 // order is the size of the tests' objects, as a power of two: 256 KiB, so that small images have many.
 const order = 18
 
-// make makes an image. It and all its snapshots are removed at the end.
+// makeImage makes an image. It and all its snapshots are removed at the end.
 func makeImage(t testing.TB, n imageName, size int64, options map[rbd.ImageOption]uint64) *volume {
 	t.Helper()
-	io := ioctx(t, n)
+	return running.makeImage(t, n, size, options)
+}
+
+func (s *site) makeImage(t testing.TB, n imageName, size int64, options map[rbd.ImageOption]uint64) *volume {
+	t.Helper()
+	io := s.ioctx(t, n)
 	o := rbd.NewRbdImageOptions()
 	defer o.Destroy()
 	must(t, o.SetUint64(rbd.ImageOptionOrder, order))

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/ceph/go-ceph/rados"
 	"github.com/ceph/go-ceph/rbd"
 
 	"stillpoint.io/stillpoint/adapters"
@@ -309,17 +308,6 @@ func (d *diff) objectMap(n snapshotNumber, size int64) (m objectMap, ok bool, er
 	return m, m.objects == (size+d.objects-1)/d.objects, nil
 }
 
-// method calls a method of the OSDs' class rbd on an object.
-func (m *image) method(object, name string, in []byte) ([]byte, error) {
-	op := rados.CreateReadOp()
-	defer op.Release()
-	step := op.Exec("rbd", name, in)
-	if err := op.Operate(m.pool, object, rados.OperationNoFlag); err != nil {
-		return nil, err
-	}
-	return step.Bytes()
-}
-
 // held lists what the snapshot holds, from an offset on: its own objects, and where it has none its parent's data.
 func (d *diff) held(ctx context.Context, from int64) cbt.Seq {
 	return func(yield func(cbt.Extent, error) bool) {
@@ -378,28 +366,16 @@ func (d *diff) parent(ctx context.Context) (*diff, error) {
 		return nil, nil
 	}
 	return diffCall(ctx, d, func(one *call) (*diff, error) {
-		of, err := d.rbd.GetParent()
-		if err != nil {
-			return nil, ignore(err)
-		}
-		name := imageName{of.Image.PoolName, of.Image.PoolNamespace, of.Image.ImageName}
-		pool, err := d.connection.pool(name.pool, name.namespace)
-		if err != nil {
+		m, number, err := d.openParent()
+		if err != nil || m == nil {
 			return nil, err
 		}
-		m, err := d.connection.keep(name, pool)(rbd.OpenImageByIdReadOnly(pool, of.Image.ImageID, rbd.NoSnapshot))
-		if err != nil {
-			return nil, fmt.Errorf("its parent %s: %w", name, err)
-		}
 		one.onAbandon(m.release)
-		if err := m.rbd.SetSnapByID(of.Snap.ID); err != nil {
-			return nil, fmt.Errorf("its parent %s@%s: %w", name, of.Snap.SnapName, err)
-		}
 		size, err := m.rbd.GetSize()
 		if err != nil {
 			return nil, err
 		}
-		p := &diff{image: m, what: d.what, number: snapshotNumber(of.Snap.ID), size: int64(size), exact: d.exact}
+		p := &diff{image: m, what: d.what, number: number, size: int64(size), exact: d.exact}
 		return p, p.layout()
 	})
 }

@@ -227,10 +227,6 @@ func (a *Adapter) openSnapshot(ctx context.Context, id adapters.SnapshotID) (*im
 // pieceMax is the most bytes that one call reads or writes.
 const pieceMax = 4 << 20
 
-// pieces are buffers of that size. What a call reads goes into one of them first: a call that is abandoned writes into its
-// buffer whenever it likes.
-var pieces = sync.Pool{New: func() any { return new([pieceMax]byte) }}
-
 // ReadAt reads. A large read is made in pieces, one after the other.
 func (r *reader) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
 	r.mu.Lock()
@@ -258,21 +254,18 @@ func (r *reader) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
 
 // read fills p, of at most pieceMax bytes.
 func (m *image) read(ctx context.Context, p []byte, off int64) error {
-	want := len(p)
-	b, err := using(ctx, m, func(*call) (*[pieceMax]byte, error) {
-		b := pieces.Get().(*[pieceMax]byte)
-		n, err := m.rbd.ReadAt(b[:want], off)
-		if err == nil && n != want || err == io.EOF {
-			err = fault.Errorf(fault.Corrupt, "%d bytes instead of %d: %w", n, want, io.ErrUnexpectedEOF)
+	b, err := using(ctx, m, func(*call) (*buffer, error) {
+		b := takeBuffer(len(p))
+		n, err := m.readAt(b, off)
+		if err == nil && n != len(b.bytes) || err == io.EOF {
+			err = fault.Errorf(fault.Corrupt, "%d bytes instead of %d: %w", n, len(b.bytes), io.ErrUnexpectedEOF)
 		}
 		return b, err
 	})
 	if err == nil {
-		copy(p, b[:want])
+		copy(p, b.bytes)
 	}
-	if b != nil {
-		pieces.Put(b)
-	}
+	b.giveBack()
 	return err
 }
 

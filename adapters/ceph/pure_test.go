@@ -119,6 +119,22 @@ func TestRestoring(t *testing.T) {
 	}
 }
 
+func TestEncode(t *testing.T) {
+	const zero = "\x00\x00\x00\x00"
+	for _, c := range []struct {
+		got  []byte
+		want string
+	}{
+		{encodeMetadata("k", "vv"), "\x01\x00\x00\x00" + "\x01\x00\x00\x00k" + "\x02\x00\x00\x00vv"},
+		{encodeLock("n", "co", 3*time.Second+5), "\x01\x01\x1d\x00\x00\x00" + "\x01\x00\x00\x00n" + "\x01" + "\x02\x00\x00\x00co" + zero + zero + "\x03\x00\x00\x00\x05\x00\x00\x00" + "\x00"},
+		{encodeUnlock("n", "co"), "\x01\x01\x0b\x00\x00\x00" + "\x01\x00\x00\x00n" + "\x02\x00\x00\x00co"},
+	} {
+		if string(c.got) != c.want {
+			t.Errorf("%q instead of %q", c.got, c.want)
+		}
+	}
+}
+
 // cephErrno is an error as Ceph's libraries give it.
 type cephErrno int
 

@@ -141,25 +141,15 @@ func callOn[T any](ctx context.Context, a *Adapter, id adapters.VolumeID, what s
 	if err := ctx.Err(); err != nil {
 		return none, fmt.Errorf("%s: %w", what, err)
 	}
-	if id.Backend != a.backend {
-		return none, fault.Errorf(fault.Invalid, "%s is not of the backend %s", what, a.backend)
-	}
-	handle, isHandle := parseCSIHandle(id.ID)
-	name := imageName{}
-	if !isHandle {
-		var err error
-		if name, err = parseImageName(id.ID, a.pool); err != nil {
-			return none, err
-		}
+	at, err := a.parse(id)
+	if err != nil {
+		return none, err
 	}
 	began := time.Now()
 	v, err := do(ctx, a.cluster.calls, func(one *call) (T, error) {
-		name := name
-		if isHandle {
-			var err error
-			if name, err = a.locate(one, handle); err != nil {
-				return none, err
-			}
+		name, err := at(one)
+		if err != nil {
+			return none, err
 		}
 		return f(one, name)
 	})
@@ -167,6 +157,28 @@ func callOn[T any](ctx context.Context, a *Adapter, id adapters.VolumeID, what s
 		return v, a.cluster.failure(err, began, "%s", what)
 	}
 	return v, nil
+}
+
+// parse reads a volume's id; what it answers with finds the image's name, by asking the cluster where the id is a handle
+// of ceph-csi.
+func (a *Adapter) parse(id adapters.VolumeID) (func(*call) (imageName, error), error) {
+	if id.Backend != a.backend {
+		return nil, fault.Errorf(fault.Invalid, "volume %s is not of the backend %s", id, a.backend)
+	}
+	if h, ok := parseCSIHandle(id.ID); ok {
+		return func(one *call) (imageName, error) { return a.locate(one, h) }, nil
+	}
+	name, err := parseImageName(id.ID, a.pool)
+	return func(*call) (imageName, error) { return name, nil }, err
+}
+
+// resolve finds the image of a volume's id within a call.
+func (a *Adapter) resolve(one *call, id adapters.VolumeID) (imageName, error) {
+	at, err := a.parse(id)
+	if err != nil {
+		return imageName{}, err
+	}
+	return at(one)
 }
 
 // locate finds the image of a handle of ceph-csi.

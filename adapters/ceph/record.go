@@ -3,6 +3,9 @@ package ceph
 import (
 	"encoding/json"
 	"fmt"
+	"slices"
+	"strconv"
+	"strings"
 	"time"
 
 	"stillpoint.io/stillpoint/adapters"
@@ -51,6 +54,32 @@ func decodeRecord(text, image string) (r record, ok bool) {
 	return r, err == nil && r.Version == recordVersion && r.Image == image && r.Wanted != "" && (r.Mark == adapters.Cutting || r.Mark == adapters.Verified)
 }
 
+// parseRecordKey is recordKey's inverse; ok is false for other keys.
+func parseRecordKey(key string) (n snapshotNumber, ok bool) {
+	digits, ok := strings.CutPrefix(key, recordPrefix)
+	v, err := strconv.ParseUint(digits, 16, 64)
+	return snapshotNumber(v), ok && err == nil && recordKey(snapshotNumber(v)) == key
+}
+
+// orphans lists the keys of records, by key, that no snapshot of the image belongs to. numbers are those of its snapshots,
+// ascending. A record with a number above the highest of them may be of a snapshot that was made after they were
+// listed, and is none; below that no snapshot is made any more. Records that a clone has from its parent are orphans.
+func orphans(records map[string]string, image string, numbers []snapshotNumber) (keys []string) {
+	for key, text := range records {
+		n, ok := parseRecordKey(key)
+		var r record
+		if !ok || json.Unmarshal([]byte(text), &r) != nil || r.Version != recordVersion {
+			continue // not ours to touch
+		}
+		at, there := slices.BinarySearch(numbers, n)
+		if r.Image != image || !there && at < len(numbers) {
+			keys = append(keys, key)
+		}
+	}
+	slices.Sort(keys)
+	return keys
+}
+
 // found is a snapshot of an image. mine is false for one without a record of ours.
 type found struct {
 	number  snapshotNumber
@@ -82,8 +111,10 @@ func (f found) passes(filter adapters.Filter) bool {
 // restoring is what an image that is being restored says about itself.
 type restoring struct {
 	Version int    `json:"version"`
+	Image   string `json:"image"`  // the internal id of the image that it was written for
 	Volume  string `json:"volume"` // the id of the volume that it will be
 	Size    int64  `json:"size"`
+	Origin  string `json:"origin,omitempty"` // the snapshot that it is a clone of
 }
 
 func (r restoring) encode() string {

@@ -16,32 +16,37 @@ import (
 )
 
 // Begin makes an image under a hidden name, or opens the existing volume. Size, features and data pool of a new image's
-// objects are what the cluster's configuration says. What a dead process left is Busy until Ceph has noticed that it is
-// dead, about 30 seconds.
+// objects are what the cluster's configuration says. What a process left that died on this node is free at once. What one
+// left that died elsewhere is Busy until Ceph has noticed, 30 seconds by default (osd_client_watch_timeout).
 func (a *Adapter) Begin(ctx context.Context, spec adapters.VolumeSpec) (adapters.Target, error) {
 	if spec.Token == "" || spec.Size <= 0 {
 		return nil, fault.Errorf(fault.Invalid, "volume %s: a restore needs a token and a size of at least one byte, not %q and %d", spec.ID, spec.Token, spec.Size)
 	}
 	return callOn(ctx, a, spec.ID, "", func(one *call, name imageName) (adapters.Target, error) {
-		t := &target{adapter: a, name: name, at: name, size: spec.Size, overwrite: spec.Overwrite, writes: map[*call]none{}}
-		if !spec.Overwrite {
-			t.at = name.target(spec.Token)
-		}
-		var err error
-		if spec.Overwrite {
-			t.image, err = a.cluster.open(one, name, forChange)
-		} else {
-			err = t.openNew(one)
-		}
-		if err != nil {
-			return nil, err
-		}
-		one.onAbandon(t.image.release)
-		if err := t.claim(one); err != nil {
-			return nil, err
-		}
-		return t, nil
+		return a.begin(one, name, spec, nil)
 	})
+}
+
+// begin opens the target of a restore, of a clone if there is an origin.
+func (a *Adapter) begin(one *call, name imageName, spec adapters.VolumeSpec, of *origin) (adapters.Target, error) {
+	t := &target{adapter: a, name: name, at: name, size: spec.Size, overwrite: spec.Overwrite, of: of, writes: map[*call]none{}}
+	if !spec.Overwrite {
+		t.at = name.target(spec.Token)
+	}
+	var err error
+	if spec.Overwrite {
+		t.image, err = a.cluster.open(one, name, forChange)
+	} else {
+		err = t.openNew(one)
+	}
+	if err != nil {
+		return nil, err
+	}
+	one.onAbandon(t.image.release)
+	if err := t.claim(one); err != nil {
+		return nil, err
+	}
+	return t, nil
 }
 
 // target is an image being filled. It is open for a change, which registers it as a watcher, and holds the exclusive
@@ -51,6 +56,7 @@ type target struct {
 	name, at  imageName // the volume, and the image that is filled
 	size      int64
 	overwrite bool
+	of        *origin // what it is a clone of, nil if it is none
 	fresh     bool
 	image     *image
 
@@ -62,123 +68,11 @@ type target struct {
 	writes   map[*call]none
 }
 
-// openNew makes the hidden image, or opens the one that is there.
-func (t *target) openNew(one *call) error {
-	c := t.adapter.cluster
-	n, err := c.connection(one)
-	if err != nil {
-		return err
-	}
-	pool, err := n.pool(t.at.pool, t.at.namespace)
-	if err != nil {
-		return err
-	}
-	defer pool.Destroy()
-	if err := vacant(pool, t.name); err != nil {
-		return err
-	}
-	t.image, err = c.open(one, t.at, forChange)
-	if !isAbsent(err) {
-		return err
-	}
-	options := rbd.NewRbdImageOptions()
-	defer options.Destroy()
-	switch err := rbd.CreateImage(pool, t.at.image, uint64(t.size), options); {
-	case errnoOf(err) == syscall.EEXIST: // another process was quicker
-	case err != nil:
-		return err
-	}
-	t.image, err = c.open(one, t.at, forChange)
-	return err
-}
-
-// vacant is nil if no image has the name.
-func vacant(pool *rados.IOContext, name imageName) error {
-	m, err := rbd.OpenImageReadOnly(pool, name.image, rbd.NoSnapshot)
-	if err != nil {
-		return ignore(err)
-	}
-	return first(fault.Errorf(fault.Busy, "it exists; overwrite it or choose another"), m.Close())
-}
-
-// restoreKey is the key of an image's metadata under which it says what it will be.
-const restoreKey = ".stillpoint.restore"
-
-const (
-	// settling is how long another watcher of an image may take to go: one that only looks does so at once.
-	settling = time.Second
-	settle   = 50 * time.Millisecond
-)
-
-// claim makes sure that nobody else uses the image, and that it is what it should be.
-func (t *target) claim(one *call) error {
-	m := t.image
-	for end := time.Now().Add(settling); ; time.Sleep(settle) {
-		watchers, err := m.rbd.ListWatchers()
-		if err != nil {
-			return err
-		}
-		if len(watchers) <= 1 {
-			break
-		}
-		if err := one.wanted(); err != nil {
-			return err
-		}
-		if time.Now().After(end) {
-			if t.overwrite {
-				return fault.Errorf(fault.Busy, "it is in use: mapped, attached or open by %d others", len(watchers)-1)
-			}
-			return fault.Errorf(fault.Busy, "this restore is under way in another process, or one that died less than a minute ago")
-		}
-	}
-	features, err := m.rbd.GetFeatures()
-	if err != nil {
-		return err
-	}
-	if features&rbd.FeatureExclusiveLock != 0 {
-		if err := m.rbd.LockAcquire(rbd.LockModeExclusive); err != nil {
-			switch errnoOf(err) {
-			case syscall.EBUSY, syscall.EROFS, syscall.EAGAIN:
-				return fault.Errorf(fault.Busy, "%w; another client has its exclusive lock", err)
-			}
-			return err
-		}
-	}
-	size, err := m.rbd.GetSize()
-	if err != nil {
-		return err
-	}
-	if t.overwrite {
-		if int64(size) < t.size {
-			return fault.Errorf(fault.Invalid, "its %d bytes are fewer than the %d to restore", size, t.size)
-		}
-		return nil
-	}
-	return t.claimNew(int64(size))
-}
-
-// claimNew writes into a new image what it will be, and checks one that was there.
-func (t *target) claimNew(size int64) error {
-	text, err := t.image.rbd.GetMetadata(restoreKey)
-	switch r, ok := decodeRestoring(text); {
-	case isAbsent(err): // just made, perhaps by a process that died right then: nothing is written before this
-		t.fresh = true
-		return t.image.rbd.SetMetadata(restoreKey, restoring{Volume: t.name.String(), Size: t.size}.encode())
-	case err != nil:
-		return err
-	case !ok || r.Volume != t.name.String():
-		return fault.Errorf(fault.Busy, "the image %s is not an unfinished restore of it; rename it", t.at)
-	case r.Size != t.size || size != t.size:
-		return fault.Errorf(fault.Invalid, "this restore was begun with %d bytes, not %d; use another token", r.Size, t.size)
-	}
-	return nil
-}
-
 // Fresh is true of an image that this Begin made.
 func (t *target) Fresh() bool { return t.fresh }
 
-// ReadsZero is true for a new image, in which everything reads as zeros until it is written.
-func (t *target) ReadsZero() bool { return !t.overwrite }
+// ReadsZero is true for a new image that is no clone, in which everything reads as zeros until it is written.
+func (t *target) ReadsZero() bool { return !t.overwrite && t.of == nil }
 
 // WriteAt writes. A large write is made in pieces, one after the other.
 func (t *target) WriteAt(ctx context.Context, p []byte, off int64) error {
@@ -195,13 +89,13 @@ func (t *target) WriteAt(ctx context.Context, p []byte, off int64) error {
 }
 
 func (t *target) write(ctx context.Context, p []byte, off int64) error {
-	b := pieces.Get().(*[pieceMax]byte) // the call may outlive the caller's own
-	n := copy(b[:], p)
+	b := takeBuffer(len(p))
+	copy(b.bytes, p)
 	return t.change(ctx, func(m *rbd.Image) error {
-		defer pieces.Put(b)
-		wrote, err := m.WriteAt(b[:n], off)
-		if err == nil && wrote != n {
-			err = fault.Errorf(fault.Unavailable, "%d bytes instead of %d were written", wrote, n)
+		defer b.giveBack()
+		wrote, err := m.WriteAt(b.bytes, off)
+		if err == nil && wrote != len(b.bytes) {
+			err = fault.Errorf(fault.Unavailable, "%d bytes instead of %d were written", wrote, len(b.bytes))
 		}
 		return err
 	})
@@ -344,12 +238,12 @@ func (t *target) rename(one *call) (none, error) {
 	case err != nil:
 		return none{}, err
 	}
-	m, err := c.open(one, t.name, forChange)
+	m, err := c.open(one, t.name, forReading)
 	if err != nil {
 		return none{}, err
 	}
 	defer m.release()
-	return none{}, ignore(m.rbd.RemoveMetadata(restoreKey))
+	return none{}, first(m.removeMetadata(restoreKey), m.removeMetadata(holderKey))
 }
 
 // settled is nil if no write that was abandoned is on its way.
@@ -404,8 +298,17 @@ func (t *target) Close() error {
 	return nil
 }
 
-// release closes the image, which gives up its exclusive lock.
+// release closes the image, which gives up its exclusive lock. A volume that was overwritten says no more who did it.
 func (t *target) release() {
 	t.closed = true
-	t.image.shut()
+	ctx, cancel := context.WithTimeout(context.Background(), closePatience)
+	defer cancel()
+	calls := t.adapter.cluster.calls
+	run(ctx, calls, func(*call) (none, error) {
+		if t.overwrite && calls.healthy() == nil {
+			t.image.removeMetadata(holderKey) // what stays is swept when this process has ended
+		}
+		t.image.release()
+		return none{}, nil
+	})
 }

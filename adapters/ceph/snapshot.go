@@ -10,6 +10,8 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/ceph/go-ceph/rados"
+
 	"stillpoint.io/stillpoint/adapters"
 	"stillpoint.io/stillpoint/fault"
 )
@@ -121,7 +123,7 @@ func (m *image) write(n snapshotNumber, r record) error {
 	if err != nil {
 		return err
 	}
-	return m.rbd.SetMetadata(recordKey(n), text)
+	return m.setMetadata(recordKey(n), text)
 }
 
 // remove removes a snapshot and then its record: a record without its snapshot harms nobody.
@@ -129,7 +131,7 @@ func (m *image) remove(n snapshotNumber) error {
 	if err := ignore(m.rbd.RemoveSnapByID(uint64(n))); err != nil {
 		return err
 	}
-	return ignore(m.rbd.RemoveMetadata(recordKey(n)))
+	return m.removeMetadata(recordKey(n))
 }
 
 // Publish writes the mark and the notes. RADOS has made both durable when it answers.
@@ -156,7 +158,7 @@ func (a *Adapter) Publish(ctx context.Context, id adapters.SnapshotID, notes ada
 		// It may have been deleted in between, by somebody who looked for a record before this one was written.
 		if again, err := m.find(id.Name); err != nil || again == nil || again.number != f.number {
 			if err == nil {
-				err = first(notFound(), m.rbd.RemoveMetadata(recordKey(f.number)))
+				err = first(notFound(), m.removeMetadata(recordKey(f.number)))
 			}
 			return none{}, err
 		}
@@ -168,15 +170,33 @@ func (a *Adapter) Publish(ctx context.Context, id adapters.SnapshotID, notes ada
 // change opens an image for a change until the call ends. Changes of one image come one after the other.
 func (a *Adapter) change(one *call, name imageName) (*image, error) {
 	var m *image
-	// Noted before the turn is taken, and so done before it is given back.
+	var pool *rados.IOContext
+	giveBack := func() {}
+	// Noted before the turns are taken, and so done before they are given back.
 	one.later(func() {
 		if m != nil {
 			m.release()
+		}
+		giveBack()
+		if pool != nil {
+			pool.Destroy()
 		}
 	})
 	if err := a.turns.take(one, name); err != nil {
 		return nil, err
 	}
+	n, err := a.cluster.connection(one)
+	if err != nil {
+		return nil, err
+	}
+	if pool, err = n.pool(name.pool, name.namespace); err != nil {
+		return nil, err
+	}
+	back, err := clusterTurn(one, pool, name.image)
+	if err != nil {
+		return nil, err
+	}
+	giveBack = back
 	opened, err := a.cluster.open(one, name, forChange)
 	if err != nil {
 		return nil, err
@@ -237,33 +257,6 @@ func (a *Adapter) DeleteSnapshot(ctx context.Context, id adapters.SnapshotID) er
 		return none{}, m.sweep(one, time.Now().Add(-draftAge))
 	})
 	return err
-}
-
-// draftAge is how old a snapshot being made must be to be nobody's work any more: far beyond any call's deadline.
-const draftAge = 10 * time.Minute
-
-// sweep removes what dead processes left in an image: snapshots from before a time that never got their name.
-func (m *image) sweep(one *call, before time.Time) error {
-	all, err := m.numbers()
-	if err != nil {
-		return err
-	}
-	for _, s := range all {
-		if !isDraft(s.Name) {
-			continue
-		}
-		if err := one.wanted(); err != nil {
-			return err
-		}
-		at, err := m.rbd.GetSnapTimestamp(s.Id)
-		if err == nil && time.Unix(at.Sec, at.Nsec).Before(before) {
-			err = m.remove(snapshotNumber(s.Id))
-		}
-		if ignore(err) != nil {
-			return err
-		}
-	}
-	return nil
 }
 
 // Gate opens every image for a change, as CreateSnapshot does.

@@ -24,7 +24,7 @@ import (
 func TestKeys(t *testing.T) {
 	t.Parallel()
 	v := makeImage(t, freeName("rbd", ""), 4<<20, nil)
-	text, err := os.ReadFile(keyring)
+	text, err := os.ReadFile(running.keyring)
 	must(t, err)
 	_, key, _ := strings.Cut(strings.TrimSpace(string(text)), "key = ")
 	conf, err := os.ReadFile(running.Conf)
@@ -42,7 +42,7 @@ func TestKeys(t *testing.T) {
 		key        string
 		want       fault.Kind // Internal: it works
 	}{
-		"conf and keyring":       {map[string]string{"conf": running.Conf, "user": testUser, "keyring": keyring}, "", fault.Internal},
+		"conf and keyring":       {map[string]string{"conf": running.Conf, "user": testUser, "keyring": running.keyring}, "", fault.Internal},
 		"conf and key":           {map[string]string{"conf": running.Conf, "user": "client." + testUser}, key, fault.Internal},
 		"monitors and key":       {map[string]string{"monitors": monitors, "user": testUser}, key, fault.Internal},
 		"a wrong key":            {map[string]string{"monitors": monitors, "user": testUser, "timeout": "5s"}, wrongKey, fault.Invalid},
@@ -131,31 +131,63 @@ func TestSnapshotUnderUse(t *testing.T) {
 	t.Parallel()
 	a := open(t, nil)
 	v := makeImage(t, freeName("rbd", ""), 8<<20, nil)
-	stop, done := make(chan struct{}), make(chan error)
+	stop, done := make(chan struct{}), make(chan error, 1)
 	go func() {
-		for i := 0; ; i++ {
+		p := bytes.Repeat([]byte{0x5A}, 8<<20)
+		for {
 			select {
 			case <-stop:
 				done <- nil
 				return
 			default:
 			}
-			if _, err := v.WriteAt(bytes.Repeat([]byte{byte(i)}, 8<<20), 0); err != nil {
+			if _, err := v.WriteAt(p, 0); err != nil {
 				done <- err
 				return
 			}
 		}
 	}()
+	t.Cleanup(func() { // before the image is closed
+		close(stop)
+		must(t, <-done)
+	})
 	for i := range 3 {
 		s, err := a.CreateSnapshot(t.Context(), v.ID(), fmt.Sprintf("s-%d", i))
 		must(t, err)
 		must(t, a.Publish(t.Context(), s.ID, adapters.Notes{}))
 		must(t, a.DeleteSnapshot(t.Context(), s.ID))
 	}
-	close(stop)
-	must(t, <-done)
 	if left := snapshotsOf(t, v); len(left) > 0 {
 		t.Errorf("%q are left", left)
+	}
+}
+
+// TestClusterTurn: a change waits for one of another process, which is another client, and gives its turn back.
+func TestClusterTurn(t *testing.T) {
+	t.Parallel()
+	a := open(t, nil)
+	v := makeImage(t, freeName("rbd", ""), 1<<20, nil)
+	giveBack, err := clusterTurn(&call{ctx: t.Context()}, v.io, v.name.image)
+	must(t, err)
+	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	defer cancel()
+	if _, err := a.CreateSnapshot(ctx, v.ID(), "early"); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("a snapshot was made while another process had its turn: %v", err)
+	}
+	giveBack()
+	for _, name := range []string{"one", "two"} {
+		_, err := a.CreateSnapshot(t.Context(), v.ID(), name)
+		must(t, err)
+	}
+	n := freeName("rbd", "")
+	if _, err := clusterTurn(&call{ctx: t.Context()}, v.io, n.image); !isAbsent(err) {
+		t.Errorf("of an image that is none: %v", err)
+	}
+	if _, err := a.CreateSnapshot(t.Context(), n.id("r"), "x"); !errors.Is(err, fault.NotFound) {
+		t.Errorf("a snapshot of an image that is none: %v", err)
+	}
+	if _, err := v.io.Stat(nameObject + n.image); !isAbsent(err) {
+		t.Errorf("the name of an image that is none was made: %v", err)
 	}
 }
 
@@ -351,11 +383,14 @@ func TestOverwriteClone(t *testing.T) {
 	}
 }
 
+// withoutLock are the options of an image that has no exclusive lock.
+var withoutLock = map[rbd.ImageOption]uint64{rbd.ImageOptionFeatures: rbd.FeatureLayering}
+
 // TestRestoreWithoutLock restores over an image that has no exclusive lock, and into a namespace.
 func TestRestoreWithoutLock(t *testing.T) {
 	t.Parallel()
 	a := open(t, nil)
-	v := makeImage(t, freeName("rbd", "twin"), 1<<20, map[rbd.ImageOption]uint64{rbd.ImageOptionFeatures: rbd.FeatureLayering})
+	v := makeImage(t, freeName("rbd", "twin"), 1<<20, withoutLock)
 	v.close()
 	fresh := freeName("rbd", "twin")
 	cleanUp(t, v.io, fresh)

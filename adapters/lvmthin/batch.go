@@ -22,12 +22,13 @@ type batches struct {
 	mu      sync.Mutex
 	waiting map[groupID][]*request
 	busy    map[groupID]bool
-	took    time.Duration // for one snapshot, lately
+	now     map[groupID]*batch // under way
+	took    time.Duration      // for one snapshot, lately
 	working sync.WaitGroup
 }
 
 func newBatches(a *Adapter) *batches {
-	return &batches{a: a, waiting: map[groupID][]*request{}, busy: map[groupID]bool{}, took: 300 * time.Millisecond}
+	return &batches{a: a, waiting: map[groupID][]*request{}, busy: map[groupID]bool{}, now: map[groupID]*batch{}, took: 300 * time.Millisecond}
 }
 
 // request is a snapshot to be made.
@@ -47,6 +48,7 @@ type batch struct {
 	leave  context.CancelFunc
 	absent int // requests whose callers have left
 	all    []*request
+	over   chan struct{} // closed when all are made, or cannot be
 }
 
 // create makes a snapshot, or returns at the context's end, while LVM may be still at it.
@@ -88,7 +90,8 @@ func (b *batches) work(id groupID) {
 			b.mu.Unlock()
 			return
 		}
-		now := &batch{all: all}
+		now := &batch{all: all, over: make(chan struct{})}
+		b.now[id] = now
 		now.ctx, now.leave = context.WithCancel(context.Background())
 		for _, q := range all {
 			q.with = now
@@ -99,10 +102,28 @@ func (b *batches) work(id groupID) {
 		now.leave()
 		b.mu.Lock()
 		b.took = (b.took + time.Since(start)/time.Duration(len(all))) / 2
+		delete(b.now, id)
 		b.mu.Unlock()
+		close(now.over)
 		for _, q := range all {
 			close(q.done)
 		}
+	}
+}
+
+// settled waits for what is being made in a group now, perhaps for callers that have left.
+func (b *batches) settled(ctx context.Context, id groupID) error {
+	b.mu.Lock()
+	now := b.now[id]
+	b.mu.Unlock()
+	if now == nil {
+		return nil
+	}
+	select {
+	case <-now.over:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
 	}
 }
 

@@ -51,7 +51,7 @@ func (c clone) poolIn(g *group, wanted string, size int64) (*logical, error) {
 	return pool, nil
 }
 
-// complete makes a clone as large as it shall be.
+// complete makes a clone as large as it shall be, before it is active: LVM would resume it with udev looking on.
 func (t *target) complete(ctx context.Context) error {
 	size := t.wholeSize()
 	if t.of.snapshot == nil || t.volume.size >= size {

@@ -269,6 +269,53 @@ func TestGuestOrphan(t *testing.T) {
 	}
 }
 
+// A program of a process that is dead, or of a call that has ended, makes its snapshot late: Gate waits for it, so that
+// who looks for leftovers afterwards finds it, and nobody takes it for a later call's.
+func TestGuestGateWaitsForOrphans(t *testing.T) {
+	guest(t)
+	a, patient, hasty, v := newAdapter(t), newAdapter(t), newAdapter(t, "lock-wait", "300ms"), borrowLive(t, vgOne, 1<<20)
+	id := canonicalID(t, a, v)
+	orphaned := func(name string) int {
+		h := startHelper(t, "stopped-snapshot", v.path(), name)
+		pid := h.pid(t)
+		h.kill(t)
+		return pid
+	}
+	abandoned := func(name string) int {
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan error, 1)
+		go func() { _, err := a.CreateSnapshot(ctx, id, name); ended <- err }()
+		pid := 0
+		waitUntil(t, "lvcreate runs", func() bool { pid = programOf(a, "lvcreate"); return pid != 0 })
+		must(t, syscall.Kill(pid, syscall.SIGSTOP))
+		cancel()
+		want(t, "a call that does not wait any longer", <-ended, fault.Unavailable)
+		return pid
+	}
+	for name, start := range map[string]func(string) int{"orphaned": orphaned, "abandoned": abandoned} {
+		pid := start(name)
+		in, err := a.lvm.installed(t.Context())
+		must(t, err)
+		limited, cancel := context.WithTimeout(t.Context(), time.Second)
+		lock, err := lockGroup(limited, intent{Group: v.group, Locks: in.locks})
+		cancel()
+		must(t, err) // a program that has LVM's own lock would be waited for in any case: then this test shows nothing
+		unlock(lock)
+		_, err = hasty.Gate(t.Context(), []adapters.VolumeID{id})
+		want(t, name+": while it is stopped", err, fault.Busy)
+		if err != nil && !strings.Contains(err.Error(), "may be making snapshots") {
+			t.Errorf("%s: %v", name, err)
+		}
+		passed := make(chan error, 1)
+		go func() { _, err := patient.Gate(t.Context(), []adapters.VolumeID{id}); passed <- err }()
+		must(t, syscall.Kill(pid, syscall.SIGCONT))
+		must(t, <-passed)
+		s, err := hasty.Snapshot(t.Context(), adapters.SnapshotID{Volume: id, Name: name})
+		must(t, err) // it is there: it does not come later
+		must(t, a.DeleteSnapshot(t.Context(), s.ID))
+	}
+}
+
 // A group that another program has locked is waited for, and Busy in the end.
 func TestGuestLocked(t *testing.T) {
 	guest(t)

@@ -18,6 +18,11 @@ func TestGuestConformance(t *testing.T) {
 			must(t, err)
 			return a
 		},
+		Provision: func(t testing.TB) adapters.Adapter {
+			a, err := Kind().Open(t.Context(), adapters.Config{Name: "l", Parameters: map[string]string{"state": stateOf(t), "groups": vgOne}})
+			must(t, err)
+			return a
+		},
 		Create: func(t testing.TB, size int64) adaptertest.Volume { return borrowLive(t, vgOne, size) },
 		Absent: func(t testing.TB) adapters.VolumeID {
 			name := fresh("absent_")

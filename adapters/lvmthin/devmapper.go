@@ -18,8 +18,8 @@ import (
 )
 
 // mapper asks the kernel's device-mapper, by the ioctls of /dev/mapper/control (linux/dm-ioctl.h). It takes tens of
-// microseconds where a program would take tens of milliseconds. It changes two things only: it sends messages to pools
-// and resumes devices; making and removing devices is LVM's.
+// microseconds where a program would take tens of milliseconds. It sends messages to pools, resumes devices, and makes and
+// removes those of volumes that only we read or write (activate.go); all else is LVM's.
 type mapper struct{}
 
 // mapped is a device of device-mapper.
@@ -27,7 +27,8 @@ type mapped struct {
 	name, uuid string
 	device     adapters.Device // as stat(2) gives it
 	suspended  bool
-	users      int // open descriptors, mounts and devices above it
+	live       bool // it has a table
+	users      int  // open descriptors, mounts and devices above it
 }
 
 var errNoMapper = fault.Errorf(fault.Unsupported, "this kernel has no device-mapper, or this container not /dev/mapper/control; load dm-mod and dm-thin-pool, and give the container the host's /dev")
@@ -65,6 +66,7 @@ func (m mapper) find(uuid string) (*mapped, error) {
 		uuid:      text(h.Uuid[:]),
 		device:    adapters.Device(h.Dev),
 		suspended: h.Flags&unix.DM_SUSPEND_FLAG != 0,
+		live:      h.Flags&unix.DM_ACTIVE_PRESENT_FLAG != 0,
 		users:     int(h.Open_count),
 	}, nil
 }
@@ -107,8 +109,22 @@ func (m mapper) resume(uuid string) error {
 	return nil
 }
 
-// call makes an ioctl on the device of a UUID and returns the header and the data behind it.
-func (mapper) call(request uint, uuid string, flags uint32, payload []byte) (*unix.DmIoctl, []byte, error) {
+// call makes an ioctl on the device of a UUID.
+func (m mapper) call(request uint, uuid string, flags uint32, payload []byte) (*unix.DmIoctl, []byte, error) {
+	return m.do(mapperCall{request: request, uuid: uuid, flags: flags, payload: payload})
+}
+
+// mapperCall is an ioctl. The device is that of a UUID; only a new one has a name, too.
+type mapperCall struct {
+	request        uint
+	name, uuid     string
+	flags, targets uint32
+	event          uint32 // for udev
+	payload        []byte
+}
+
+// do makes an ioctl and returns the header and the data behind it.
+func (mapper) do(c mapperCall) (*unix.DmIoctl, []byte, error) {
 	control, err := os.OpenFile("/dev/mapper/control", os.O_RDWR|unix.O_CLOEXEC, 0)
 	switch {
 	case errors.Is(err, os.ErrPermission):
@@ -123,12 +139,12 @@ func (mapper) call(request uint, uuid string, flags uint32, payload []byte) (*un
 	buffer := unsafe.Slice((*byte)(unsafe.Pointer(h)), size)
 	h.Version = [3]uint32{unix.DM_VERSION_MAJOR, 0, 0}
 	h.Data_size, h.Data_start = uint32(size), unix.SizeofDmIoctl
-	h.Flags = flags
-	if copy(h.Uuid[:len(h.Uuid)-1], uuid) < len(uuid) {
+	h.Flags, h.Target_count, h.Event_nr = c.flags, c.targets, c.event
+	if copy(h.Uuid[:len(h.Uuid)-1], c.uuid) < len(c.uuid) || copy(h.Name[:len(h.Name)-1], c.name) < len(c.name) {
 		return nil, nil, unix.ENAMETOOLONG
 	}
-	copy(buffer[unix.SizeofDmIoctl:], payload)
-	_, _, errno := unix.Syscall(unix.SYS_IOCTL, control.Fd(), uintptr(request), uintptr(unsafe.Pointer(h)))
+	copy(buffer[unix.SizeofDmIoctl:], c.payload)
+	_, _, errno := unix.Syscall(unix.SYS_IOCTL, control.Fd(), uintptr(c.request), uintptr(unsafe.Pointer(h)))
 	runtime.KeepAlive(words)
 	if errno != 0 {
 		return nil, nil, errno

@@ -137,8 +137,8 @@ func TestGuestFreezeTrialKilled(t *testing.T) {
 			newAdapter(t).tidy(t.Context(), fullReport(t, a, vgOne))
 			continue
 		}
-		if left := scratches(t, a); len(left) != 1 {
-			t.Fatalf("the killed trial left %v", left)
+		if left := scratches(t, a); len(left) == 0 { // two, if lvcreate was quicker than we with the lock
+			t.Fatal("the killed trial left nothing: the test shows nothing")
 		}
 		_, err := newAdapter(t).Gate(t.Context(), []adapters.VolumeID{v.ID()})
 		must(t, err)

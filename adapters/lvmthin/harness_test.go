@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -32,9 +33,13 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
-	code := vm.Main(m, vm.Config{Disks: []int64{1 << 30, 1 << 30, 64 << 20, 64 << 20}})
+	code := vm.Main(m, vm.Config{Disks: []int64{1 << 30, 1 << 30, 64 << 20, 64 << 20}, Modules: []string{"dm-flakey"}})
 	if vm.Inside() {
 		removeGroups()
+		if left := leftPaths(); len(left) > 0 && code == 0 {
+			fmt.Fprintln(os.Stderr, "the groups are removed, and these paths are left:", left)
+			code = 1
+		}
 	}
 	os.Exit(code)
 }
@@ -79,6 +84,15 @@ func removeGroups() {
 			}
 		}
 	}
+}
+
+// leftPaths are those in /dev that belong to no device any more.
+func leftPaths() (left []string) {
+	for _, pattern := range []string{"/dev/stillpoint-*", "/dev/stillpoint-*/*", "/dev/mapper/stillpoint--*"} {
+		paths, _ := filepath.Glob(pattern)
+		left = append(left, paths...)
+	}
+	return left
 }
 
 func sh(args ...string) error {

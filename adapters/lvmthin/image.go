@@ -16,8 +16,8 @@ import (
 	"stillpoint.io/stillpoint/fault"
 )
 
-// Open activates a snapshot, which has activation skip otherwise, and opens its device. The last reader on the node
-// deactivates it.
+// Open activates a snapshot, which has activation skip otherwise, and opens its device. udev and LVM do not look into it
+// (activate.go). The last reader on the node deactivates it.
 func (a *Adapter) Open(ctx context.Context, id adapters.SnapshotID) (adapters.Image, error) {
 	p, s, r, err := a.lookup(ctx, id)
 	if err != nil {
@@ -121,7 +121,7 @@ func (v *activations) activate(ctx context.Context, g *group, l *logical) (*acti
 		if err != nil {
 			return nil, err
 		}
-		err = v.switchTo(ctx, "-ay", g, l)
+		err = v.a.start(ctx, g, l)
 		unlock(alone)
 		if err != nil {
 			return nil, err
@@ -132,15 +132,10 @@ func (v *activations) activate(ctx context.Context, g *group, l *logical) (*acti
 // active is the device of a volume, 0 if it is not active.
 func (v *activations) active(g *group, l *logical) (adapters.Device, error) {
 	d, err := v.a.mapper.find(mapperUUID(g.id, l.id, ""))
-	if err != nil || d == nil {
+	if err != nil || d == nil || !d.live {
 		return 0, err
 	}
 	return d.device, nil
-}
-
-func (v *activations) switchTo(ctx context.Context, how string, g *group, l *logical) error {
-	_, err := v.a.change(ctx, g, task{args: []string{"lvchange", "-q", "-y", how, "-K", g.name + "/" + l.name}})
-	return err
 }
 
 // release ends a share, and deactivates the snapshot if nobody else has one.
@@ -170,7 +165,11 @@ func (v *activations) deactivate(ctx context.Context, lock *os.File, g *group, l
 		if d.users > 0 {
 			return nil // mounted by hand, or opened: who did that looks after it
 		}
-		if err := v.switchTo(ctx, "-an", g, l); err != nil {
+		err := v.a.stop(ctx, g, l)
+		if errors.Is(err, unix.EBUSY) {
+			return nil // it was opened just now
+		}
+		if err != nil {
 			if d, e := v.a.mapper.find(mapperUUID(g.id, l.id, "")); e != nil || d != nil {
 				return fmt.Errorf("deactivating %s/%s: %w", g.name, l.name, err)
 			}

@@ -121,30 +121,103 @@ func TestGuestPoolStates(t *testing.T) {
 	run(t, "vgimport", "-q", vgBad)
 }
 
-// A pool whose metadata device fails is read-only and needs a check afterwards.
-func TestGuestNeedsCheck(t *testing.T) {
+// A pool whose metadata device fails has failed, for good if it cannot even be read; if only writes fail, the kernel
+// notes that it needs a check.
+func TestGuestMetadataFails(t *testing.T) {
+	for what, fails := range map[string]struct {
+		table []string // of the device, whose superblock takes 8 sectors, on %s
+		words string
+	}{
+		"all":    {[]string{"0 4096 error"}, "has failed"},
+		"writes": {[]string{"0 8 linear %s", "8 4088 flakey %s 0 1 1 error_writes"}, "needs a check"},
+	} {
+		t.Run(what, func(t *testing.T) {
+			v := badGroup(t)
+			a := newAdapter(t)
+			must(t, gate(t, a, v))
+			g := fullReport(t, a, vgBad)
+			metadata := mapperUUID(g.id, g.logical["pool_tmeta"].id, "tmeta")
+			table, err := a.mapper.table(metadata)
+			must(t, err)
+			var disk string
+			var start int
+			_, err = fmt.Sscan(table, &disk, &start)
+			must(t, err)
+			reload := func(lines ...string) {
+				t.Helper()
+				for i, line := range lines {
+					var first int
+					_, err := fmt.Sscan(line, &first)
+					must(t, err)
+					lines[i] = strings.ReplaceAll(line, "%s", fmt.Sprintf("%s %d", disk, start+first))
+				}
+				c := exec.Command("dmsetup", "reload", "-u", metadata)
+				c.Stdin = strings.NewReader(strings.Join(lines, "\n") + "\n")
+				out, err := c.CombinedOutput()
+				if err != nil {
+					t.Fatalf("%v: %s", err, out)
+				}
+				run(t, "dmsetup", "suspend", "--noflush", "-u", metadata)
+				run(t, "dmsetup", "resume", "-u", metadata)
+			}
+			reload(fails.table...)
+			v.WriteAt([]byte{1}, 0) // it fails, now or at its commit
+			reload("0 4096 linear %s")
+			says(t, "after an error of its metadata", gate(t, a, v), fault.Corrupt, fails.words, "lvconvert --repair")
+			says(t, "after an error of its metadata", snapshotError(t, a, v), fault.Corrupt, fails.words)
+			_, err = a.Begin(t.Context(), adapters.VolumeSpec{ID: typed(vgBad + "/new"), Size: chunk, Token: "t"})
+			says(t, "a restore after an error of its metadata", err, fault.Corrupt, fails.words)
+		})
+	}
+}
+
+// A pool whose metadata fill up: refused with the numbers before, and after the kernel has made it read-only and wants it
+// checked.
+func TestGuestMetadataFull(t *testing.T) {
 	v := badGroup(t)
 	a := newAdapter(t)
 	must(t, gate(t, a, v))
-	g := fullReport(t, a, vgBad)
-	metadata := mapperUUID(g.id, g.logical["pool_tmeta"].id, "tmeta")
-	table, err := a.mapper.table(metadata)
+	s, err := a.CreateSnapshot(t.Context(), v.ID(), "before") // it cannot be deleted in the end, and goes with the group
 	must(t, err)
-	reload := func(target string) {
-		t.Helper()
-		run(t, "dmsetup", "reload", "-u", metadata, "--table", "0 4096 "+target)
-		run(t, "dmsetup", "suspend", "--noflush", "-u", metadata)
-		run(t, "dmsetup", "resume", "-u", metadata)
+	must(t, a.Publish(t.Context(), s.ID, adapters.Notes{}))
+	pool := poolNamed(t, a, vgBad)
+	for id := 1000; ; id++ { // a thin device takes a block of metadata or more
+		status, err := a.mapper.poolStatus(pool)
+		must(t, err)
+		if status.metadata.free() < heldBlocks {
+			break
+		}
+		must(t, a.mapper.message(pool.uuid, fmt.Sprintf("create_thin %d", id)))
 	}
-	reload("error")
-	v.WriteAt([]byte{1}, 0) // it fails, now or at its commit
-	reload("linear " + table)
-	err = gate(t, a, v)
-	if kind := fault.KindOf(err); kind != fault.Corrupt && kind != fault.Unsupported {
-		t.Errorf("after an error of its metadata: %v (%v)", err, kind)
+	says(t, "metadata nearly full", gate(t, a, v), fault.Exhausted, "metadata-limit is 90 %", "of 512")
+	says(t, "metadata nearly full", snapshotError(t, a, v), fault.Exhausted, "of 512", "--poolmetadatasize")
+	_, err = a.Allocated(t.Context(), s.ID, 0)
+	says(t, "reading metadata that are nearly full", err, fault.Exhausted, "too few to reserve")
+	_, err = a.Begin(t.Context(), adapters.VolumeSpec{ID: typed(vgBad + "/new"), Size: chunk, Token: "t"})
+	says(t, "a restore into metadata that are nearly full", err, fault.Exhausted, "of 512")
+
+	for id := 2000; err != nil && id < 2000+512; id++ {
+		if a.mapper.message(pool.uuid, fmt.Sprintf("create_thin %d", id)) != nil {
+			break
+		}
 	}
-	t.Log(err)
-	says(t, "after an error of its metadata", snapshotError(t, a, v), fault.KindOf(err))
+	status, err := a.mapper.poolStatus(pool)
+	must(t, err)
+	t.Logf("%+v", status)
+	if status.mode == "rw" && !status.needsCheck {
+		t.Fatal("the pool's metadata are full, and it works: the test shows nothing")
+	}
+	kind, words := fault.Unsupported, "read-only"
+	if status.needsCheck {
+		kind, words = fault.Corrupt, "needs a check"
+	}
+	says(t, "metadata full", gate(t, a, v), kind, words, "stillpoint-bad/pool")
+	says(t, "metadata full", snapshotError(t, a, v), kind, words)
+	_, err = a.Allocated(t.Context(), s.ID, 0)
+	says(t, "reading a pool whose metadata are full", err, kind, words)
+	if held(t, a, vgBad) != 0 {
+		t.Error("something is reserved")
+	}
 }
 
 // A group of which a physical volume is missing.

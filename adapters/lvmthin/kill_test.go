@@ -102,6 +102,27 @@ var helpers = map[string]func(args []string) error{
 		_, err = a.CreateSnapshot(context.Background(), typed(args[0]), args[1])
 		return err
 	},
+	// stopped-snapshot stops the program that makes it as soon as that starts, says which it is, and is killed then.
+	"stopped-snapshot": func(args []string) error {
+		a, err := openHelper()
+		if err != nil {
+			return err
+		}
+		if _, err := a.locate(context.Background(), typed(args[0])); err != nil {
+			return err
+		}
+		go a.CreateSnapshot(context.Background(), typed(args[0]), args[1])
+		for {
+			if pid := programOf(a, "lvcreate"); pid != 0 {
+				if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
+					return err
+				}
+				fmt.Println(pid)
+				select {}
+			}
+			time.Sleep(time.Millisecond)
+		}
+	},
 	"restore": func(args []string) error {
 		a, err := openHelper()
 		if err != nil {

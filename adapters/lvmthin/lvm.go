@@ -91,8 +91,11 @@ func (l *lvm) queue(ctx context.Context, t task) (release func(), err error) {
 	if t.group == "" || os.Geteuid() != 0 {
 		return func() {}, nil
 	}
-	return l.state.exclusive(ctx, "group-"+string(t.group))
+	return l.state.exclusive(ctx, groupLock(t.group))
 }
+
+// groupLock names the lock of programs that change a group.
+func groupLock(id groupID) string { return "group-" + string(id) }
 
 // once runs a command once. release is called at its end, whoever is still waiting for it.
 func (l *lvm) once(ctx context.Context, t task, release func()) (*command, error) {

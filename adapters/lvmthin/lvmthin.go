@@ -25,11 +25,18 @@
 // the record that was written before says which volumes may be suspended, and the next who opens the backend resumes
 // them (sweep.go).
 //
+// # What else looks at a snapshot
+//
+// Nothing does. A snapshot holds the UUIDs of its volume's filesystem, and perhaps a volume group of a guest. It is
+// active only while it is read, and so that neither udev nor a scan of LVM's looks into it (activate.go); the same goes
+// for a volume that is being restored, until it is whole. LVM's programs are told to look at the group's own disks only.
+//
 // # Where what is kept
 //
 // In memory, by default /run/stillpoint/lvm-thin: records of programs under way, locks between processes, what was
 // found out about the kernel. On disk: nothing but the tags. The pool's one metadata snapshot is reserved for
-// milliseconds at a time, never while somebody consumes a stream (metadata.go).
+// milliseconds at a time, never while somebody consumes a stream; one that a power failure catches says itself that it is
+// ours (metadata.go).
 package lvmthin
 
 import (

@@ -10,6 +10,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"stillpoint.io/stillpoint/cbt/thinmeta"
 	"stillpoint.io/stillpoint/fault"
 )
@@ -25,8 +27,12 @@ import (
 //
 // The locked file says what is reserved, and was written before: whoever gets the lock and finds a metadata snapshot
 // looks there. If it is the one that is recorded, a dead process of ours left it, and it is released. If not, it is
-// somebody else's, and neither released nor trusted: Busy. The pool remembers a reservation across a reboot, the file
-// in /run does not; a reservation that a power failure interrupted is taken for somebody else's.
+// somebody else's, and neither released nor trusted: Busy.
+//
+// The pool remembers a reservation across a reboot, and the file in /run does not. So a reservation of ours bears a
+// mark in itself: just before it is made, the pool makes a thin device of a number that is only for this, which is in the
+// metadata snapshot then, and is deleted from the pool at once. Where nothing was recorded in this boot, a metadata
+// snapshot with that device in it is one that a power failure interrupted, and is released.
 type metadataKeeper struct {
 	state  *state
 	mapper mapper
@@ -51,8 +57,12 @@ type reservation struct {
 	mark     reserved
 }
 
-// reserved is the record in the locked file. Block is 0 until the pool has answered; then Transaction, the pool's at
-// that moment, is what tells our reservation from another's.
+// markDevice is the number of the thin device that marks our metadata snapshots: the last but one that a pool can have
+// (MAX_DEV_ID in drivers/md/dm-thin.c). LVM counts from 1.
+const markDevice thinmeta.DeviceID = 1<<24 - 2
+
+// reserved is the record in the locked file, which is empty if nothing has been reserved in this boot. Block is 0 until the
+// pool has answered; then Transaction, the pool's at that moment, is what tells our reservation from another's.
 type reserved struct {
 	Owner       process `json:"owner"`
 	Pool        string  `json:"pool"`
@@ -144,6 +154,10 @@ func (k *metadataKeeper) announce() {
 	k.changed = make(chan struct{})
 }
 
+// heldBlocks is how many blocks of a pool's metadata must be free before a metadata snapshot is reserved: a pool that runs
+// out of them becomes read-only. It takes the superblock's copy, and a copy of each block on the way to what changes.
+const heldBlocks = 32
+
 // lockPatience is how long a pool's lock is waited for. Its holders read metadata only, and never wait for a consumer.
 const lockPatience = 30 * time.Second
 
@@ -180,6 +194,10 @@ func (k *metadataKeeper) reserve(ctx context.Context, r *reservation) (err error
 	if err != nil && fault.KindOf(err) != fault.Exhausted { // out of data space hinders nobody from reading
 		return err
 	}
+	if status.metadata.free() < heldBlocks {
+		return fault.Errorf(fault.Exhausted, "thin pool %s: %d blocks of metadata are free (%s used), too few to reserve a metadata snapshot without danger: extend it with lvextend --poolmetadatasize",
+			r.pool.name, status.metadata.free(), status.metadata)
+	}
 	if status.held != 0 {
 		if err := k.reclaim(ctx, r, status); err != nil {
 			return err
@@ -189,10 +207,39 @@ func (k *metadataKeeper) reserve(ctx context.Context, r *reservation) (err error
 	if err := r.mark.write(r.lock); err != nil {
 		return err
 	}
+	made, err := k.mark(r.pool)
+	if err != nil {
+		return errors.Join(err, erase(r.lock))
+	}
 	if err := k.mapper.message(r.pool.uuid, "reserve_metadata_snap"); err != nil {
+		if made {
+			err = errors.Join(err, k.unmark(r.pool))
+		}
 		return errors.Join(err, erase(r.lock))
 	}
 	return k.begin(ctx, r)
+}
+
+// mark makes the device that marks our metadata snapshots, unless a dead process left one.
+func (k *metadataKeeper) mark(pool poolRef) (made bool, err error) {
+	err = k.mapper.message(pool.uuid, fmt.Sprintf("create_thin %d", markDevice))
+	if errors.Is(err, unix.EEXIST) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+func (k *metadataKeeper) unmark(pool poolRef) error {
+	return k.mapper.message(pool.uuid, fmt.Sprintf("delete %d", markDevice))
+}
+
+// marked reports whether a metadata snapshot has the mark. A device with blocks is somebody's.
+func marked(ctx context.Context, m *thinmeta.Metadata) (bool, error) {
+	d, err := m.Device(ctx, markDevice)
+	if fault.KindOf(err) == fault.NotFound {
+		return false, nil
+	}
+	return err == nil && d.Mapped == 0, err
 }
 
 // begin finds the metadata snapshot that was reserved and opens it. If it cannot, it releases it.
@@ -214,11 +261,18 @@ func (k *metadataKeeper) begin(ctx context.Context, r *reservation) (err error) 
 	if err := r.mark.write(r.lock); err != nil {
 		return err
 	}
-	r.metadata, err = thinmeta.OpenSnapshot(ctx, r.source, status.held)
+	if r.metadata, err = thinmeta.OpenSnapshot(ctx, r.source, status.held); err != nil {
+		return err
+	}
+	ours, err := marked(ctx, r.metadata)
+	if err == nil && ours {
+		err = k.unmark(r.pool)
+	}
 	return err
 }
 
-// reclaim releases a metadata snapshot that a dead process of ours left, and is Busy with any other.
+// reclaim releases a metadata snapshot that a dead process of ours left, in this boot or an earlier one, and is Busy with
+// any other.
 func (k *metadataKeeper) reclaim(ctx context.Context, r *reservation, status poolStatus) error {
 	foreign := fault.Errorf(fault.Busy, "thin pool %s: somebody else has reserved its metadata snapshot (block %d), and there is one a pool; when they are done, or are no more: dmsetup message %s 0 release_metadata_snap",
 		r.pool.name, status.held, r.pool.uuid)
@@ -227,15 +281,19 @@ func (k *metadataKeeper) reclaim(ctx context.Context, r *reservation, status poo
 		return err
 	}
 	var left reserved
-	if json.Unmarshal(b, &left) != nil || left.Pool != r.pool.uuid || left.Block != 0 && left.Block != status.held {
+	if len(b) > 0 && (json.Unmarshal(b, &left) != nil || left.Pool != r.pool.uuid || left.Block != 0 && left.Block != status.held) {
 		return foreign
 	}
 	held, err := thinmeta.OpenSnapshot(ctx, r.source, status.held)
 	if err != nil {
 		return fmt.Errorf("%w (%w)", foreign, err)
 	}
-	if held.Superblock().Transaction != left.Transaction {
-		return foreign
+	ours := held.Superblock().Transaction == left.Transaction
+	if len(b) == 0 {
+		ours, err = marked(ctx, held)
+	}
+	if err != nil || !ours {
+		return errors.Join(err, foreign)
 	}
 	return k.mapper.message(r.pool.uuid, "release_metadata_snap")
 }
@@ -273,4 +331,5 @@ func (m reserved) write(f *os.File) error {
 	return err
 }
 
-func erase(f *os.File) error { return f.Truncate(0) }
+// erase leaves a record that nothing is reserved.
+func erase(f *os.File) error { return reserved{}.write(f) }

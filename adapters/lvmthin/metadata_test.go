@@ -3,13 +3,18 @@ package lvmthin
 import (
 	"bytes"
 	"context"
+	"encoding/xml"
 	"fmt"
+	"os"
 	"os/exec"
 	"sync"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"stillpoint.io/stillpoint/adapters"
 	"stillpoint.io/stillpoint/cbt"
+	"stillpoint.io/stillpoint/cbt/thinmeta"
 	"stillpoint.io/stillpoint/fault"
 )
 
@@ -116,6 +121,50 @@ func TestGuestMetadataSnapshot(t *testing.T) {
 			t.Error("the metadata snapshot is reserved while a consumer works")
 		}
 		break
+	}
+}
+
+// The machine goes down while the metadata snapshot is reserved: the pool remembers it, and what was in memory is gone. The
+// first who reads after that releases it, and nobody else's.
+func TestGuestMetadataSnapshotOfAnEarlierBoot(t *testing.T) {
+	guest(t)
+	a, v := newAdapter(t), borrowLive(t, vgOne, 1<<20)
+	one := snap(t, a, v, "one")
+	pool := poolNamed(t, a, vgOne)
+	afterReboot := func() *Adapter {
+		t.Helper()
+		must(t, a.Close())
+		must(t, os.RemoveAll(stateOf(t)))
+		return newAdapter(t)
+	}
+	h := startHelper(t, "hold", v.path())
+	h.says(t, "held")
+	h.kill(t)
+	if held(t, a, vgOne) == 0 {
+		t.Fatal("nothing is reserved: the test shows nothing")
+	}
+	next := afterReboot()
+	_, err := next.Allocated(t.Context(), one.ID, 0)
+	must(t, err)
+	if b := held(t, next, vgOne); b != 0 {
+		t.Errorf("still reserved, at block %d", b)
+	}
+
+	// A process that dies before it reserves leaves a mark only, which the next one takes.
+	must(t, a.mapper.message(pool.uuid, fmt.Sprintf("create_thin %d", markDevice)))
+	_, err = afterReboot().Allocated(t.Context(), one.ID, 0)
+	must(t, err)
+
+	must(t, a.mapper.message(pool.uuid, "reserve_metadata_snap"))
+	before := held(t, a, vgOne)
+	_, err = afterReboot().Allocated(t.Context(), one.ID, 0)
+	want(t, "somebody else's, of an earlier boot perhaps", err, fault.Busy)
+	if now := held(t, a, vgOne); now != before {
+		t.Errorf("somebody else's reservation is at %d instead of %d", now, before)
+	}
+	must(t, a.mapper.message(pool.uuid, "release_metadata_snap"))
+	if err := a.mapper.message(pool.uuid, fmt.Sprintf("delete %d", markDevice)); err == nil {
+		t.Error("the mark is in the pool still")
 	}
 }
 
@@ -233,7 +282,7 @@ func compare(d cbt.Delta, base, target []byte) error {
 	return nil
 }
 
-// What is listed is what thin_delta lists, and no more than what cmp finds rounded to chunks.
+// What is listed of a pool at work is what thin_delta and thin_dump list, and what cmp finds rounded to chunks.
 func TestGuestDeltaAgainstBytes(t *testing.T) {
 	guest(t)
 	a, v := newAdapter(t), borrowLive(t, vgOne, 8<<20)
@@ -261,9 +310,76 @@ func TestGuestDeltaAgainstBytes(t *testing.T) {
 			t.Errorf("chunk %d: differs %v, listed %v", i, differs, listed[i])
 		}
 	}
-	out, err := exec.Command("lvs", "--noheadings", "-o", "thin_id", vgOne+"/"+snapshotVolume(v.name, "two")).Output()
+	g, pool := fullReport(t, a, vgOne), poolNamed(t, a, vgOne)
+	thin := func(name string) string { return fmt.Sprint(g.logical[snapshotVolume(v.name, name)].thin) }
+	path := "/dev/mapper/" + mapperName(vgOne, "pool_tmeta")
+	must(t, a.metadata.read(t.Context(), pool, func(*thinmeta.Metadata) error { return nil }, func(*thinmeta.Metadata) error {
+		var delta struct {
+			Diff struct {
+				Runs []thinRun `xml:",any"`
+			} `xml:"diff"`
+		}
+		tool(t, &delta, "thin_delta", "--metadata-snap", "--snap1", thin("one"), "--snap2", thin("two"), path)
+		var changed []cbt.Extent
+		for _, r := range delta.Diff.Runs {
+			if kind := r.XMLName.Local; kind != "same" {
+				changed = append(changed, cbt.Extent{Offset: r.Begin * chunk, Length: r.Length * chunk, Zero: kind == "left_only"})
+			}
+		}
+		same(t, "changed, by thin_delta", d, changed)
+		var dump struct {
+			Devices []struct {
+				ID   string    `xml:"dev_id,attr"`
+				Runs []thinRun `xml:",any"`
+			} `xml:"device"`
+		}
+		tool(t, &dump, "thin_dump", "--metadata-snap", path)
+		for name, id := range map[string]adapters.SnapshotID{"one": one.ID, "two": two.ID} {
+			var mapped []cbt.Extent
+			for _, device := range dump.Devices {
+				for _, r := range device.Runs {
+					if device.ID != thin(name) {
+						continue
+					}
+					if r.XMLName.Local == "single_mapping" {
+						r.OriginBegin, r.Length = r.OriginBlock, 1
+					}
+					mapped = append(mapped, cbt.Extent{Offset: r.OriginBegin * chunk, Length: r.Length * chunk})
+				}
+			}
+			allocated, err := a.Allocated(t.Context(), id, 0)
+			must(t, err)
+			same(t, "allocated of "+name+", by thin_dump", allocated, mapped)
+		}
+		return nil
+	}))
+}
+
+// thinRun is a run of chunks as thin_delta or thin_dump prints it.
+type thinRun struct {
+	XMLName     xml.Name
+	Begin       int64 `xml:"begin,attr"`
+	Length      int64 `xml:"length,attr"`
+	OriginBegin int64 `xml:"origin_begin,attr"`
+	OriginBlock int64 `xml:"origin_block,attr"`
+}
+
+// tool reads what a program of thin-provisioning-tools prints.
+func tool(t testing.TB, into any, args ...string) {
+	t.Helper()
+	out, err := exec.Command(args[0], args[1:]...).Output()
 	must(t, err)
-	t.Logf("%d chunks; thin device %s", len(listed), bytes.TrimSpace(out))
+	must(t, xml.Unmarshal(out, into))
+}
+
+// same demands that a stream is what another program listed.
+func same(t testing.TB, what string, d cbt.Delta, theirs []cbt.Extent) {
+	t.Helper()
+	want := cbt.Delta{Extents: cbt.Coalesce(cbt.Of(theirs...))}
+	got := cbt.Delta{Extents: cbt.Coalesce(d.Extents)}
+	if x, y := fmt.Sprint(extents(t, got)), fmt.Sprint(extents(t, want)); x != y || len(theirs) == 0 {
+		t.Errorf("%s: %s instead of %s", what, x, y)
+	}
 }
 
 // A reader that dies leaves its snapshot active, which the next who opens the backend ends; two readers share, and the
@@ -301,6 +417,12 @@ func TestGuestReaders(t *testing.T) {
 	if active() {
 		t.Error("still active after the last reader closed")
 	}
+	// A process that dies between making the device and giving it a table.
+	_, _, err = a.mapper.do(mapperCall{request: unix.DM_DEV_CREATE, name: mapperName(vgOne, l.name), uuid: uuid})
+	must(t, err)
+	if got := readAll(t, a, s.ID); len(got) != 1<<20 || active() {
+		t.Errorf("%d bytes of a device without a table, active %v", len(got), active())
+	}
 	left, err := a.state.list(activePrefix)
 	must(t, err)
 	if len(left) > 0 {
@@ -331,5 +453,13 @@ func TestGuestKilledRestore(t *testing.T) {
 	must(t, err)
 	if l := fullReport(t, a, vgOne).logical[name]; l == nil || len(l.tags) > 0 || vol.Size != 4*chunk {
 		t.Errorf("%+v, %+v", l, vol)
+	}
+	skips, err := exec.Command("lvs", "--noheadings", "-o", "lv_skip_activation", vgOne+"/"+name).Output()
+	must(t, err)
+	if len(bytes.TrimSpace(skips)) > 0 {
+		t.Errorf("after a reboot it will not be active: %s", skips)
+	}
+	if _, err := os.Stat(vol.Path); err != nil {
+		t.Error(err)
 	}
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"strings"
 
 	"stillpoint.io/stillpoint/cbt/thinmeta"
@@ -40,26 +39,17 @@ func (a *Adapter) change(ctx context.Context, g *group, t task) (*command, error
 // repair deletes a thin device that a killed program of ours left half-made. All is looked at while the group's lock is
 // held, so that no program of LVM's is just at that point.
 func (a *Adapter) repair(ctx context.Context, g *group) error {
-	in, err := a.lvm.installed(ctx)
-	if err != nil {
-		return err
-	}
-	limited, cancel := context.WithTimeout(ctx, recoverPatience)
-	defer cancel()
-	lock, err := lockGroup(limited, intent{Group: g.name, Locks: in.locks})
-	if err != nil {
-		return fault.Errorf(fault.Busy, "the volume group %s is stuck with a half-made thin volume, and another program has locked it: %w", g.name, err)
-	}
-	defer unlock(lock)
-	c, err := a.lvm.run(ctx, task{args: append(slices.Clone(reportArgs), "--nolocking", g.name), devices: g.devices})
-	if err != nil {
-		return err
-	}
-	groups, err := parseReport(c.stdout)
-	if err != nil || len(groups) != 1 || groups[0].id != g.id {
-		return errors.Join(err, fault.Errorf(fault.Unavailable, "the volume group %s is not there any more", g.name))
-	}
-	for pool := range volumesOf(groups[0]) {
+	return a.holding(ctx, g, func() error {
+		now, err := a.reportLocked(ctx, g)
+		if err != nil {
+			return err
+		}
+		return a.repairLocked(ctx, now)
+	})
+}
+
+func (a *Adapter) repairLocked(ctx context.Context, g *group) error {
+	for pool := range volumesOf(g) {
 		if pool.kind != thinPool {
 			continue
 		}
@@ -68,7 +58,7 @@ func (a *Adapter) repair(ctx context.Context, g *group) error {
 		if err != nil {
 			continue // not active: nothing can have been half-made in it by a program of this boot
 		}
-		l := halfMade(groups[0], pool, status)
+		l := halfMade(g, pool, status)
 		if l == nil {
 			continue
 		}

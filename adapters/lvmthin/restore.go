@@ -30,7 +30,7 @@ func (a *Adapter) begin(ctx context.Context, spec adapters.VolumeSpec, of clone)
 	if err != nil {
 		return nil, err
 	}
-	t := &target{adapter: a, place: p, size: spec.Size, overwrite: spec.Overwrite, of: of}
+	t := &target{adapter: a, place: p, size: spec.Size, overwrite: spec.Overwrite, of: of, origin: spec.Origin}
 	if spec.Overwrite {
 		err = t.openExisting(ctx)
 	} else {
@@ -48,8 +48,9 @@ type target struct {
 	place     place
 	size      int64
 	overwrite bool
-	of        clone    // what a new volume is a clone of
-	volume    *logical // that is written to
+	of        clone           // what a new volume is a clone of
+	origin    adapters.Origin // of a new volume that is made for somebody: it is not active when the target is closed
+	volume    *logical        // that is written to
 	pool      poolRef
 	chunk     int64 // of discards that make zeros; 0 if none do
 	zeroed    bool  // the pool zeroes a chunk before its first use
@@ -125,13 +126,12 @@ func (t *target) openNew(ctx context.Context, token string) error {
 	case size != strconv.FormatInt(t.size, 10):
 		return fault.Errorf(fault.Invalid, "this restore was begun with %s bytes, not %d; use another token", size, t.size)
 	}
-	if err := t.claim(ctx, l); err != nil {
-		return err
-	}
-	return t.complete(ctx)
+	return t.claim(ctx, l)
 }
 
-// create makes the hidden volume.
+// create makes the hidden volume. LVM neither activates it now nor after a reboot, for it will soon hold the UUIDs of
+// another volume: claim activates it, without udev's looking into it. The rename at the end has LVM resume it like any
+// volume, and udev look.
 func (t *target) create(ctx context.Context, name string) (*logical, error) {
 	g := t.place.group
 	pool, err := t.poolOfNew()
@@ -146,8 +146,15 @@ func (t *target) create(ctx context.Context, name string) (*logical, error) {
 	if err != nil {
 		return nil, err
 	}
-	args := []string{"lvcreate", "-q", "-y", "-kn", "-n", name, "--addtag", tagSize + strconv.FormatInt(t.size, 10)}
+	args := []string{"lvcreate", "-q", "-y", "-ky", "-n", name, "--addtag", tagSize + strconv.FormatInt(t.size, 10)}
 	for _, tag := range split(tagRestore, t.place.name) {
+		args = append(args, "--addtag", tag)
+	}
+	marks, err := originTags(t.origin)
+	if err != nil {
+		return nil, err
+	}
+	for _, tag := range marks {
 		args = append(args, "--addtag", tag)
 	}
 	if s := t.of.snapshot; s != nil {
@@ -215,10 +222,13 @@ func (t *target) claim(ctx context.Context, l *logical) (err error) {
 	if pl.zeroes && pl.discards != "ignore" {
 		t.chunk = pl.chunk
 	}
+	if err := t.complete(ctx); err != nil {
+		return err
+	}
 	uuid := mapperUUID(g.id, l.id, "")
 	d, err := a.mapper.find(uuid)
 	if err == nil && d == nil {
-		if err = a.images.switchTo(ctx, "-ay", g, l); err == nil {
+		if err = a.start(ctx, g, l); err == nil {
 			t.activated = true
 			d, err = a.mapper.find(uuid)
 		}
@@ -341,6 +351,9 @@ func (t *target) commit(ctx context.Context) error {
 		}
 		return err
 	}
+	renamed := *t.volume
+	renamed.name = t.place.name
+	t.volume = &renamed
 	var marks []string
 	for _, tag := range t.volume.tags {
 		if _, is := single([]string{tag}, tagRestore); is {
@@ -353,7 +366,7 @@ func (t *target) commit(ctx context.Context) error {
 			marks = append(marks, tag)
 		}
 	}
-	return t.adapter.changeTags(ctx, g, t.volume, marks, nil)
+	return t.adapter.changeTags(ctx, g, t.volume, marks, nil, "-kn")
 }
 
 // Abort removes what was not committed.
@@ -366,6 +379,7 @@ func (t *target) Abort(ctx context.Context) error {
 	t.closeDisk()
 	var err error
 	if !t.overwrite {
+		t.origin = adapters.Origin{}
 		if err = t.adapter.remove(ctx, t.place.group, t.volume); err != nil {
 			err = fmt.Errorf("volume %s: giving the restore up: %w", t.place.id, err)
 		}
@@ -390,15 +404,16 @@ func (t *target) closeDisk() {
 	}
 }
 
-// release closes everything, and deactivates a volume that was activated to be overwritten.
+// release closes everything, and deactivates a volume that was activated to be overwritten, or is made for somebody, who
+// will activate it.
 func (t *target) release() error {
 	t.closed = true
 	t.closeDisk()
 	var err error
-	if t.activated && t.overwrite {
+	if t.volume != nil && (t.activated && t.overwrite || t.origin.Name != "") {
 		ctx, cancel := context.WithTimeout(context.Background(), releasePatience)
 		defer cancel()
-		err = t.adapter.images.switchTo(ctx, "-an", t.place.group, t.volume)
+		err = t.adapter.stop(ctx, t.place.group, t.volume)
 	}
 	if t.lock != nil {
 		os.Remove(t.lock.Name())

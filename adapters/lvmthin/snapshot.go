@@ -174,10 +174,10 @@ func (a *Adapter) Publish(ctx context.Context, id adapters.SnapshotID, notes ada
 	return nil
 }
 
-// changeTags changes tags of the very volume that was looked at. (LVM selects none if it is not there any more, and
+// changeTags changes tags of the very volume that was looked at, and what other options say. (LVM selects none if it is not there any more, and
 // says nothing: a later look will.)
-func (a *Adapter) changeTags(ctx context.Context, g *group, l *logical, remove, add []string) error {
-	args := []string{"lvchange", "-q", "-y"}
+func (a *Adapter) changeTags(ctx context.Context, g *group, l *logical, remove, add []string, options ...string) error {
+	args := append([]string{"lvchange", "-q", "-y"}, options...)
 	for _, t := range remove {
 		args = append(args, "--deltag", t)
 	}

@@ -3,6 +3,7 @@ package lvmthin
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -55,6 +56,9 @@ func sweepRecords(ctx context.Context, s *state, m mapper) error {
 	return errors.Join(failures...)
 }
 
+// recordMax is the most that a record is, in bytes, with its script.
+const recordMax = 1 << 20
+
 // sweepRecord deals with one record: nothing if its program still runs.
 func sweepRecord(name string, m mapper) error {
 	f, err := os.OpenFile(name, os.O_RDWR|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
@@ -68,7 +72,7 @@ func sweepRecord(name string, m mapper) error {
 	if free, err := tryFlock(f, unix.LOCK_EX); err != nil || !free {
 		return err
 	}
-	b, err := io.ReadAll(io.LimitReader(f, 1<<20))
+	b, err := io.ReadAll(io.LimitReader(f, recordMax))
 	if err != nil {
 		return err
 	}
@@ -78,6 +82,74 @@ func sweepRecord(name string, m mapper) error {
 		}
 	}
 	return os.Remove(name)
+}
+
+// quiet waits until every program is over that may be making a snapshot in a group and was started before, by whomever:
+// this process for a call that has ended, another one, or one that is dead. What such a program makes would be taken for
+// the snapshot of a later call by the same name, and may be of an earlier instant than that call. After quiet there can
+// be none, as long as nobody else calls CreateSnapshot. It is Busy if it takes too long.
+func (a *Adapter) quiet(ctx context.Context, g *group) error {
+	limited, cancel := context.WithTimeout(ctx, a.lvm.wait)
+	defer cancel()
+	words := "other programs of ours"
+	err := a.batches.settled(limited, g.id)
+	if err == nil {
+		var release func()
+		if release, err = a.state.exclusive(limited, groupLock(g.id)); err == nil {
+			// Alone among those that are alive: a program that still runs was started by a process that is dead.
+			err = poll(limited, pollStep, func() (bool, error) {
+				in, err := a.state.atWork(g.name)
+				if in != nil {
+					words = fmt.Sprintf("a program that process %d, which is dead, started (%s)", in.Owner.PID, in.Line)
+				}
+				return in == nil, err
+			})
+			release()
+		}
+	}
+	if err != nil && ctx.Err() == nil && limited.Err() != nil {
+		return fault.Errorf(fault.Busy, "%s may be making snapshots in the volume group %s, for more than %v; they are waited for, because LVM must not be killed", words, g.name, a.lvm.wait)
+	}
+	return err
+}
+
+// atWork is the record of a program that is running in a group; nil if there is none. The lock on a record is the
+// program's, and ends with it.
+func (s *state) atWork(group string) (*intent, error) {
+	names, err := s.list(recordPrefix)
+	if err != nil {
+		return nil, err
+	}
+	for _, name := range names {
+		f, err := os.OpenFile(filepath.Join(s.folder, name), os.O_RDWR|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
+		if errors.Is(err, os.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return nil, s.unusable(err)
+		}
+		in, err := holder(f)
+		f.Close()
+		if err != nil || in != nil && in.Group == group {
+			return in, err
+		}
+	}
+	return nil, nil
+}
+
+// holder is what a record says, if its program is running.
+func holder(f *os.File) (*intent, error) {
+	if free, err := tryFlock(f, unix.LOCK_SH); err != nil || free {
+		return nil, err
+	}
+	b, err := io.ReadAll(io.LimitReader(f, recordMax))
+	if err != nil {
+		return nil, err
+	}
+	if in, ok := readIntent(b); ok && in.Owner.Boot == bootID() {
+		return &in, nil
+	}
+	return nil, nil
 }
 
 // intent is the record of a command that changes volumes of a group: it may suspend them and their pools, and of those

@@ -277,8 +277,9 @@ func (a *Adapter) Volumes(ctx context.Context) iter.Seq2[adapters.Volume, error]
 	}
 }
 
-// Gate asks for every volume: is it there, is its pool active, healthy and not too full. It says how long the snapshots
-// will take, from what they took before.
+// Gate asks for every volume: is it there, is its pool active, healthy and not too full. It waits until no program is at
+// work any more that an earlier call left, perhaps one of a process that is dead: who looks for leftovers after Gate sees
+// all that there will be. It says how long the snapshots will take, from what they took before.
 func (a *Adapter) Gate(ctx context.Context, ids []adapters.VolumeID) (adapters.Forecast, error) {
 	if err := a.sweepFailure(); err != nil {
 		return adapters.Forecast{}, err
@@ -294,10 +295,14 @@ func (a *Adapter) Gate(ctx context.Context, ids []adapters.VolumeID) (adapters.F
 			return adapters.Forecast{}, err
 		}
 		a.tidy(ctx, p.group)
+		if groups[p.group.id]++; groups[p.group.id] == 1 {
+			if err := a.quiet(ctx, p.group); err != nil {
+				return adapters.Forecast{}, fmt.Errorf("volume %s: %w", p.id, err)
+			}
+		}
 		if err := a.ready(ctx, p, l); err != nil {
 			return adapters.Forecast{}, err
 		}
-		groups[p.group.id]++
 	}
 	var forecast adapters.Forecast
 	for _, n := range groups {

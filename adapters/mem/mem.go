@@ -8,6 +8,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"stillpoint.io/stillpoint/adapters"
 	"stillpoint.io/stillpoint/cbt"
 	"stillpoint.io/stillpoint/cbt/audit"
@@ -77,6 +79,9 @@ func (a *Adapter) CreateSnapshot(ctx context.Context, id adapters.VolumeID, want
 			return adapters.Snapshot{}, fault.Errorf(fault.Busy, "volume %s: the name %s is taken by the snapshot %q; choose another", id, k.name, s.info.Wanted)
 		}
 		return a.info(s), nil
+	}
+	if err := v.takeOver(ctx); err != nil {
+		return adapters.Snapshot{}, err
 	}
 	delete(a.store.stages, key{v.id, wanted})
 	s := v.snapshot(wanted, adapters.Cutting)
@@ -383,7 +388,14 @@ func (a *Adapter) readable(ctx context.Context, id adapters.SnapshotID) (*snapsh
 func (a *Adapter) live(v *Volume) adapters.Volume {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	return adapters.Volume{ID: adapters.VolumeID{Backend: a.backend, ID: v.id}, Form: v.files.form(), Size: v.size, Freeze: adapters.FreezeNone}
+	live := adapters.Volume{ID: adapters.VolumeID{Backend: a.backend, ID: v.id}, Form: v.files.form(), Size: v.size, Freeze: adapters.FreezeNone}
+	if v.device != nil {
+		var st unix.Stat_t
+		if unix.Stat(v.device.path, &st) == nil {
+			live.Freeze, live.Device, live.Path = adapters.FreezeNests, adapters.Device(st.Rdev), v.device.path
+		}
+	}
+	return live
 }
 
 // info describes a snapshot as this adapter's backend names it.

@@ -26,9 +26,10 @@ func harness(store *mem.Store) adaptertest.Harness {
 		return live{v}
 	}
 	return adaptertest.Harness{
-		Backend: "mem",
-		Step:    1,
-		Open:    func(testing.TB) adapters.Adapter { return store.Adapter("mem") },
+		Backend:   "mem",
+		Step:      1,
+		Open:      func(testing.TB) adapters.Adapter { return store.Adapter("mem") },
+		Provision: func(testing.TB) adapters.Adapter { return store.Adapter("mem") },
 		Create: func(t testing.TB, size int64) adaptertest.Volume {
 			return make(t, fmt.Sprintf("volume@%d", n.Add(1)), size)
 		},

@@ -1,5 +1,5 @@
 // Package mem is a storage system in memory and the adapter for it: the strictest of all adapters, for tests, for
-// benchmarks and for reading. It has every ability but Lister, since its volumes are not block devices.
+// benchmarks and for reading. It has every ability but Lister: its volumes are block devices only while they are attached.
 //
 // A Store is the storage system, a Volume one of its live volumes, and an Adapter one process's view. Two adapters of
 // one store see the same volumes and snapshots, as two processes would.
@@ -132,6 +132,9 @@ type Volume struct {
 	epoch uint64
 	users int
 	files grove // of a volume that is a tree of files: it has no bytes then
+
+	origin adapters.Origin // of one that was made for somebody
+	device *device         // that its bytes are in as long as it is attached
 }
 
 // ID is the canonical id: LOCALITY/NAME.
@@ -184,6 +187,9 @@ func (v *Volume) use(n int) {
 }
 
 func (v *Volume) within(off, length int64) error {
+	if v.device != nil {
+		return fault.Errorf(fault.Busy, "volume %s is attached to %s: write there", v.id, v.device.path)
+	}
 	if off < 0 || length < 0 || off+length > v.size {
 		return fault.Errorf(fault.Invalid, "volume %s: %d bytes at %d are not within its %d", v.id, length, off, v.size)
 	}

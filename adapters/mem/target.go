@@ -73,7 +73,7 @@ func (a *Adapter) begin(ctx context.Context, spec adapters.VolumeSpec, of *snaps
 	if t == nil {
 		t = &target{volume: live, overwrite: spec.Overwrite}
 		if live == nil {
-			t.volume = &Volume{id: id, size: spec.Size, epoch: 1}
+			t.volume = &Volume{id: id, size: spec.Size, epoch: 1, origin: spec.Origin}
 		}
 		if of != nil {
 			t.clone, t.volume.tree, t.volume.epoch = true, of.tree, of.epoch

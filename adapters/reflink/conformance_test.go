@@ -28,6 +28,11 @@ func TestConformance(t *testing.T) {
 				must(t, err)
 				return a
 			},
+			Provision: func(t testing.TB) adapters.Adapter {
+				a, err := Kind().Open(t.Context(), adapters.Config{Name: "r", Parameters: map[string]string{"pools": x.fs.Mount, "volumes": x.fs.Mount}})
+				must(t, err)
+				return a
+			},
 			Create: func(t testing.TB, size int64) adaptertest.Volume {
 				return newFile(t, filepath.Join(x.fs.Mount, name()), size)
 			},

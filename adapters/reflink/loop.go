@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"stillpoint.io/stillpoint/adapters"
+	"stillpoint.io/stillpoint/adapters/loopdev"
 )
 
 // loop is a loop device with a file attached: which file, and whether the device shows it whole and writable.
@@ -21,6 +22,7 @@ type loop struct {
 	fileDev, fileIno uint64 // as stat(2) has them
 	offset           int64
 	readOnly         bool
+	label            loopdev.Label
 }
 
 func (l loop) node() string {
@@ -94,6 +96,7 @@ func inspectLoop(name, at string) (loop, error) {
 	}
 	l.fileDev, l.fileIno = info.Device, info.Inode
 	l.offset, l.readOnly = int64(info.Offset), info.Flags&unix.LO_FLAGS_READ_ONLY != 0
+	l.label = loopdev.LabelOf(info)
 	return l, nil
 }
 

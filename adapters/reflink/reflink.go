@@ -58,6 +58,7 @@ func Kind() adapters.Kind {
 		Summary: "disk images on XFS or btrfs, snapshotted as reflink clones beside them, and subvolumes of btrfs",
 		Keys: []adapters.Key{
 			{Name: "pools", Usage: "mount points, separated by commas, that the backend is limited to; default: every XFS and btrfs of the node"},
+			{Name: "volumes", Usage: "folder on XFS or btrfs for the volumes that a StorageClass asks for, readable by root only; default: none, so that there are no such volumes"},
 		},
 		Open: open,
 	}
@@ -67,6 +68,7 @@ func Kind() adapters.Kind {
 type Adapter struct {
 	backend string
 	pools   []string // mount points it is limited to; none: no limit
+	volumes string   // folder of new volumes; empty: none
 
 	mu     sync.Mutex
 	staged map[stage]*draft
@@ -85,6 +87,11 @@ func open(_ context.Context, c adapters.Config) (adapters.Adapter, error) {
 				return nil, fault.Errorf(fault.Invalid, "backend %s: pools: %q is not an absolute path of a mount point", c.Name, p)
 			}
 			a.pools = append(a.pools, path.Clean(p))
+		}
+	}
+	if _, given := c.Parameters["volumes"]; given {
+		if a.volumes = path.Clean(params.String("volumes", "")); !path.IsAbs(a.volumes) {
+			return nil, fault.Errorf(fault.Invalid, "backend %s: volumes: %q is not an absolute path of a folder", c.Name, a.volumes)
 		}
 	}
 	return a, nil

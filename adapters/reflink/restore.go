@@ -53,7 +53,7 @@ func (a *Adapter) begin(ctx context.Context, spec adapters.VolumeSpec, source *o
 	if err != nil {
 		return nil, err
 	}
-	t := &target{adapter: a, at: at, size: spec.Size, overwrite: spec.Overwrite, clone: source != nil}
+	t := &target{adapter: a, at: at, size: spec.Size, overwrite: spec.Overwrite, clone: source != nil, origin: spec.Origin}
 	if spec.Overwrite {
 		err = t.openExisting()
 	} else {
@@ -76,8 +76,9 @@ type target struct {
 	size         int64
 	overwrite    bool
 	clone        bool
-	folder       *os.File // of a new volume
-	name         string   // of the unfinished file in it
+	origin       adapters.Origin // of a new volume that is made for somebody
+	folder       *os.File        // of a new volume
+	name         string          // of the unfinished file in it
 	file, direct *os.File
 	fresh        bool
 
@@ -176,6 +177,11 @@ func (t *target) makeNew(source *os.File) error {
 	}
 	if err := unix.Fsetxattr(fd, restoreAttr, t.attribute(), 0); err != nil {
 		return err
+	}
+	if t.origin.Name != "" {
+		if err := writeMark(fd, t.at.id, t.origin); err != nil {
+			return err
+		}
 	}
 	return unix.Linkat(fd, "", int(t.folder.Fd()), t.name, unix.AT_EMPTY_PATH)
 }

@@ -2,6 +2,7 @@ package backup
 
 import (
 	"bufio"
+	"encoding/json"
 	"os"
 	"os/exec"
 	"testing"
@@ -15,13 +16,36 @@ type childEnd struct {
 	killed bool
 }
 
-// runChild runs this program again as one of children, and kills it so long after it said "open", or, unless most is 0,
+// newChild prepares this program to be run again, as one of children.
+func newChild(t testing.TB, what string, env ...string) *exec.Cmd {
+	t.Helper()
+	program, err := childProgram()
+	if err != nil {
+		t.Fatal(err)
+	}
+	child := exec.CommandContext(t.Context(), program)
+	child.Env = append(append(os.Environ(), childVariable+"="+what), env...)
+	child.Stderr = os.Stderr
+	return child
+}
+
+// childReport runs a child to its end, and takes what it prints for JSON.
+func childReport(t testing.TB, report any, what string, env ...string) {
+	t.Helper()
+	text, err := newChild(t, what, env...).Output()
+	if err == nil {
+		err = json.Unmarshal(text, report)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// runChild runs a child, and kills it so long after it said "open", or, unless most is 0,
 // when it has said so many lines more. A child may also be killed by itself. One that fails fails the test.
 func runChild(t testing.TB, what string, after time.Duration, most int, env ...string) (end childEnd) {
 	t.Helper()
-	child := exec.CommandContext(t.Context(), os.Args[0])
-	child.Env = append(append(os.Environ(), childVariable+"="+what), env...)
-	child.Stderr = os.Stderr
+	child := newChild(t, what, env...)
 	out, err := child.StdoutPipe()
 	if err == nil {
 		err = child.Start()

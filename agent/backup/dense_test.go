@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"math/rand/v2"
 	"os"
-	"os/exec"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -129,28 +128,19 @@ func denseChild() error {
 func TestDense(t *testing.T) {
 	t.Parallel()
 	at := repository.Location{Path: t.TempDir()}
-	if err := repository.Init(t.Context(), at, passphrase, repository.Options{}); err != nil {
+	if err := repository.Init(t.Context(), at, passphrase, repository.Options{}.Quick()); err != nil {
 		t.Fatal(err)
 	}
-	var text []byte
-	for _, step := range []string{"base", "incremental"} {
-		child := exec.CommandContext(t.Context(), os.Args[0])
-		child.Env = append(os.Environ(), childVariable+"=dense", "REPOSITORY="+at.Path, "STEP="+step)
-		child.Stderr = os.Stderr
-		var err error
-		if text, err = child.Output(); err != nil {
-			t.Fatal(err)
-		}
+	if out, err := newChild(t, "dense", "REPOSITORY="+at.Path, "STEP=base").Output(); err != nil {
+		t.Fatalf("%v: %s", err, out)
 	}
 	var got denseReport
-	if err := json.Unmarshal(text, &got); err != nil {
-		t.Fatal(err)
-	}
+	childReport(t, &got, "dense", "REPOSITORY="+at.Path, "STEP=incremental")
 	t.Logf("incremental of %d MiB on 16 TiB: %.2f s, peak %d MiB", got.BytesRead>>20, got.Seconds, got.Peak>>20)
 	if got.Kind != repository.Incremental || got.BytesRead != denseWrites<<20 || got.BytesAudited > audit.Floor+int64(len(audit.Superblocks)+1)<<20 {
 		t.Errorf("%+v", got)
 	}
-	if got.Peak > memoryMax && !raceDetector {
+	if got.Peak > memoryMax {
 		t.Errorf("peak of %d MiB", got.Peak>>20)
 	}
 }

@@ -138,7 +138,7 @@ func TestFullDisk(t *testing.T) {
 	large, _ := w.cut()
 
 	w.at = repository.Location{Path: filepath.Join(disk.Mount, "repository")}
-	if err := repository.Init(t.Context(), w.at, passphrase, repository.Options{ChunkSize: 64 << 10}); err != nil {
+	if err := repository.Init(t.Context(), w.at, passphrase, w.options); err != nil {
 		t.Fatal(err)
 	}
 	r, err := repository.Open(t.Context(), w.at, passphrase, repository.OpenOptions{Host: "test"})
@@ -175,7 +175,7 @@ func TestReadOnlyRepository(t *testing.T) {
 	w := newWorld(t, 64<<10, 4<<20)
 	w.write([]byte("something"), 1<<20)
 	w.at = repository.Location{Path: filepath.Join(disk.Mount, "repository")}
-	if err := repository.Init(t.Context(), w.at, passphrase, repository.Options{ChunkSize: 64 << 10}); err != nil {
+	if err := repository.Init(t.Context(), w.at, passphrase, w.options); err != nil {
 		t.Fatal(err)
 	}
 	open := func() *repository.Repository {
@@ -187,7 +187,7 @@ func TestReadOnlyRepository(t *testing.T) {
 	}
 	w.repo = open()
 	var handle string
-	var want []byte
+	var want *model
 	for range 18 { // more manifests than kopia leaves alone
 		w.write([]byte("x"), 2<<20)
 		s, content := w.cut()

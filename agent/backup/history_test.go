@@ -26,22 +26,22 @@ func history(t *testing.T, seed uint64) {
 	w := newWorld(t, chunk, size())
 	type step struct {
 		report Report
-		want   []byte
+		want   *model
 	}
 	var steps []step
 	kinds := map[repository.Kind]int{}
 	for range 7 {
 		for range rng.IntN(6) {
-			off := rng.Int64N(int64(len(w.model)))
-			length := 1 + rng.Int64N(min(int64(len(w.model))-off, 5*chunk))
+			off := rng.Int64N(w.model.size)
+			length := 1 + rng.Int64N(min(w.model.size-off, 5*chunk))
 			switch rng.IntN(5) {
 			case 0:
 				w.zero(off, length)
 			case 1: // zeros that no backend knows of
 				w.write(make([]byte, length), off)
 			case 2: // what the volume has elsewhere
-				from := rng.Int64N(int64(len(w.model)) - length + 1)
-				w.write(w.model[from:from+length], off)
+				from := rng.Int64N(w.model.size - length + 1)
+				w.write(w.model.read(from, length), off)
 			default:
 				w.write(random(rng, length), off)
 			}
@@ -87,8 +87,8 @@ func history(t *testing.T, seed uint64) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got.Size != int64(len(s.want)) {
-			t.Fatalf("restored %d bytes of %d", got.Size, len(s.want))
+		if got.Size != s.want.size {
+			t.Fatalf("restored %d bytes of %d", got.Size, s.want.size)
 		}
 		v, err := w.adapter.Volume(t.Context(), target)
 		if err != nil {

@@ -17,14 +17,15 @@ import (
 // depends on n and the run.
 const (
 	killChunk = 64 << 10
-	killSize  = 24 << 20
-	killFirst = 8 << 20 // bytes of the first, full backup
+	killSize  = 12 << 20
+	killFirst = 4 << 20 // bytes of the first, full backup: several chunks for each that stores them
+	killRound = 1 << 20 // bytes of each increment
 )
 
 type killVolume struct {
 	adapter adapters.Adapter
 	volume  *mem.Volume
-	model   []byte
+	model   *model
 	rng     *rand.Rand
 	round   int
 }
@@ -35,20 +36,20 @@ func newKillVolume(run uint64) (*killVolume, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &killVolume{adapter: store.Adapter("mem"), volume: v, model: make([]byte, killSize), rng: rand.New(rand.NewPCG(run, 99))}, nil
+	return &killVolume{adapter: store.Adapter("mem"), volume: v, model: newModel(killSize), rng: rand.New(rand.NewPCG(run, 99))}, nil
 }
 
 // next writes a round and cuts it.
 func (k *killVolume) next(ctx context.Context) (adapters.SnapshotID, error) {
 	p, off := random(k.rng, killFirst), int64(0)
 	if k.round > 0 {
-		p, off = random(k.rng, 2<<20), k.rng.Int64N(killSize-2<<20)
+		p, off = random(k.rng, killRound), k.rng.Int64N(killSize-killRound)
 	}
 	k.round++
 	if _, err := k.volume.WriteAt(p, off); err != nil {
 		return adapters.SnapshotID{}, err
 	}
-	copy(k.model[off:], p)
+	k.model.write(p, off)
 	s, err := k.adapter.CreateSnapshot(ctx, adapters.VolumeID{Backend: "mem", ID: "local/vol"}, fmt.Sprintf("round-%d", k.round))
 	if err != nil {
 		return adapters.SnapshotID{}, err
@@ -136,7 +137,7 @@ func killBackups(t *testing.T, w *world, what string) {
 			after = time.Duration(rng.Int64N(int64(pace)))
 		}
 		if run > 0 && run%killsEach == 0 {
-			w.anew(killChunk)
+			w.anew()
 		}
 		c := runChild(t, what, after, f.most, "REPOSITORY="+w.at.Path, fmt.Sprint("RUN=", run))
 		if !c.killed {

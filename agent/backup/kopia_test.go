@@ -8,8 +8,10 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 
+	"stillpoint.io/stillpoint/adapters"
 	"stillpoint.io/stillpoint/agent/repository"
 )
 
@@ -20,15 +22,26 @@ type kopia struct {
 	env    []string
 }
 
+// kopiaBinary is kopia's command, built when the first test asks.
+var kopiaBinary = sync.OnceValues(func() (string, error) {
+	path := filepath.Join(testDir, "kopia")
+	out, err := exec.Command("go", "build", "-C", filepath.Join("..", "..", "integration", "kopia"), "-o", path, "github.com/kopia/kopia").CombinedOutput()
+	if err != nil {
+		return "", fmt.Errorf("building kopia: %w\n%s", err, out)
+	}
+	return path, nil
+})
+
 func newKopia(t *testing.T, at repository.Location) *kopia {
 	t.Helper()
 	dir := t.TempDir()
-	k := &kopia{t: t, binary: filepath.Join(dir, "kopia"), env: append(os.Environ(),
+	binary, err := kopiaBinary()
+	if err != nil {
+		t.Fatal(err)
+	}
+	k := &kopia{t: t, binary: binary, env: append(os.Environ(),
 		"KOPIA_CONFIG_PATH="+filepath.Join(dir, "config"), "KOPIA_PASSWORD="+passphrase.Reveal(), "KOPIA_CHECK_FOR_UPDATES=false",
 		"KOPIA_CACHE_DIRECTORY="+filepath.Join(dir, "cache"), "KOPIA_LOG_DIR="+filepath.Join(dir, "log"))}
-	if out, err := exec.CommandContext(t.Context(), "go", "build", "-C", filepath.Join("..", "..", "integration", "kopia"), "-o", k.binary, "github.com/kopia/kopia").CombinedOutput(); err != nil {
-		t.Fatalf("building kopia: %v\n%s", err, out)
-	}
 	place := []string{"filesystem", "--path", at.Path}
 	if s := at.S3; s != nil {
 		place = []string{"s3", "--bucket", s.Bucket, "--prefix", s.Prefix, "--endpoint", strings.TrimPrefix(s.Endpoint, "http://"), "--disable-tls"}
@@ -52,30 +65,26 @@ func (k *kopia) run(args ...string) string {
 }
 
 // restore returns what kopia makes of a backup.
-func (k *kopia) restore(manifest string) (image []byte, description string) {
+func (k *kopia) restore(manifest string) (image adapters.Image, description string) {
 	k.t.Helper()
 	dir := k.t.TempDir()
 	k.run("restore", manifest, dir)
-	image, err := os.ReadFile(filepath.Join(dir, "disk.img"))
-	if err != nil {
-		k.t.Fatal(err)
-	}
 	text, err := os.ReadFile(filepath.Join(dir, "volume.json"))
 	if err != nil {
 		k.t.Fatal(err)
 	}
-	return image, string(text)
+	return openFile(k.t, filepath.Join(dir, "disk.img")), string(text)
 }
 
 // Kopia's own command lists, verifies and restores what Stillpoint wrote; and after a base is forgotten and kopia has
 // thrown away all that nobody needs, every backup that is left is as it was, for kopia and for us.
 func TestKopiaReadsIt(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, 64<<10, 70<<20+12345)
+	w := newKopiaWorld(t, 64<<10, 70<<20+12345)
 	rng := rand.New(rand.NewPCG(11, 12))
 	w.write(random(rng, 9<<20), 60<<20)
 	var handles []string
-	var wants [][]byte
+	var wants []*model
 	for i := range 3 {
 		w.write(random(rng, 300<<10), int64(i)*(20<<20)+999)
 		w.zero(61<<20, int64(i)<<19)

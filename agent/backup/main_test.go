@@ -3,8 +3,10 @@ package backup
 import (
 	"fmt"
 	"os"
+	"sync"
 	"testing"
 
+	"stillpoint.io/stillpoint/integration/child"
 	"stillpoint.io/stillpoint/integration/s3"
 )
 
@@ -37,6 +39,9 @@ var testDir string
 
 // stores are the S3 stores that tests use, started when the first one asks.
 var stores s3.Stores
+
+// childProgram is what children run, built when the first test asks.
+var childProgram = sync.OnceValues(func() (string, error) { return child.Program(testDir) })
 
 const childVariable = "STILLPOINT_BACKUP_TEST_CHILD"
 

@@ -16,7 +16,7 @@ import (
 // every day, increments go on from their bases, and kopia's own command agrees at the end.
 func TestAWeekOfMaintenance(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, 64<<10, 70<<20)
+	w := newKopiaWorld(t, 64<<10, 70<<20)
 	rng := rand.New(rand.NewPCG(21, 22))
 	w.write(random(rng, 6<<20), 60<<20)
 	locks := t.TempDir()
@@ -33,7 +33,7 @@ func TestAWeekOfMaintenance(t *testing.T) {
 		})
 		return r
 	}
-	wants := map[string][]byte{}
+	wants := map[string]*model{}
 	for day := range 7 {
 		later := time.Duration(day) * 25 * time.Hour
 		w.repo = open(later)

@@ -62,9 +62,7 @@ func TestRepairKilled(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		want := make([]byte, len(k.model))
-		copy(want, k.model)
-		w.handles, w.wants = append(w.handles, r.Backup), append(w.wants, want)
+		w.handles, w.wants = append(w.handles, r.Backup), append(w.wants, k.model.clone())
 	}
 	w.spoil(append(append(w.all("top"), w.all("segment")...), w.all("chunk")...)...)
 	for i, path := range blobs(t, w.at, "x") { // and some of the indexes

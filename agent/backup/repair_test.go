@@ -21,7 +21,7 @@ type sick struct {
 	t         *testing.T
 	handles   []string
 	snapshots []adapters.SnapshotID
-	wants     [][]byte
+	wants     []*model
 }
 
 func newSick(t *testing.T) *sick {

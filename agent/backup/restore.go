@@ -36,13 +36,14 @@ type RestoreRequest struct {
 	Source    Source
 	Target    adapters.Adapter // must be a Restorer, for a tree of files a TreeRestorer
 	Volume    adapters.VolumeID
-	Directory string // of a tree, instead of Target and Volume: a new directory on this machine
-	Only      string // of a tree: the path in it to restore, instead of all of it
-	Size      int64  // bytes; 0: the source's, or the existing volume's. What is beyond the source reads as zeros
-	Overwrite bool   // write over an existing volume
-	Suspect   bool   // restore a backup even if it is suspect
-	Copy      bool   // copy a snapshot even where its backend could make a volume that shares its blocks
-	GiveUp    bool   // remove what an interrupted restore of this source left, and make nothing
+	Directory string          // of a tree, instead of Target and Volume: a new directory on this machine
+	Only      string          // of a tree: the path in it to restore, instead of all of it
+	Size      int64           // bytes; 0: the source's, or the existing volume's. What is beyond the source reads as zeros
+	Overwrite bool            // write over an existing volume
+	Suspect   bool            // restore a backup even if it is suspect
+	Copy      bool            // copy a snapshot even where its backend could make a volume that shares its blocks
+	GiveUp    bool            // remove what an interrupted restore of this source left, and make nothing
+	Origin    adapters.Origin // of a new volume that is made for somebody
 	Budget    Budget
 	Progress  *Progress // may be nil
 }
@@ -168,7 +169,7 @@ func restore(ctx context.Context, q RestoreRequest, from opened) (RestoreReport,
 	if !ok {
 		return RestoreReport{}, fault.Errorf(fault.Unsupported, "backend %s cannot make volumes", q.Volume.Backend)
 	}
-	spec := adapters.VolumeSpec{ID: q.Volume, Size: cmp.Or(q.Size, from.image.Size()), Overwrite: q.Overwrite}
+	spec := adapters.VolumeSpec{ID: q.Volume, Size: cmp.Or(q.Size, from.image.Size()), Overwrite: q.Overwrite, Origin: q.Origin}
 	if q.Overwrite {
 		v, err := q.Target.Volume(ctx, q.Volume)
 		if err != nil {

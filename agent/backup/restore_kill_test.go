@@ -1,7 +1,6 @@
 package backup
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"math/rand/v2"
@@ -77,10 +76,7 @@ func TestKilledRestore(t *testing.T) {
 			}
 			found += report.BytesFound
 		}
-		got, err := os.ReadFile(file)
-		if err != nil || !bytes.Equal(got, want) {
-			t.Fatalf("run %d: the restored volume differs: %v", run, err)
-		}
+		mustEqual(t, fmt.Sprintf("run %d", run), openFile(t, file), want)
 		entries, err := os.ReadDir(pool.Mount)
 		if err != nil {
 			t.Fatal(err)

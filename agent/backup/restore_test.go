@@ -44,7 +44,7 @@ func TestRestoreOverwrites(t *testing.T) {
 		if got.Size != 70<<20+512 || got.BytesZeroed == 0 || got.BytesWritten < 3<<20 || got.Volume != "mem:local/old-"+name {
 			t.Errorf("%s: %+v", name, got)
 		}
-		mustEqual(t, name, w.volumeContent(adapters.VolumeID{Backend: "mem", ID: "local/old-" + name}), append(bytes.Clone(want), make([]byte, 70<<20+512-len(want))...))
+		mustEqual(t, name, w.volumeContent(adapters.VolumeID{Backend: "mem", ID: "local/old-" + name}), want.resized(70<<20+512))
 	}
 }
 
@@ -73,8 +73,7 @@ func TestRestoreClones(t *testing.T) {
 			t.Errorf("%s: %+v, %v", name, r, err)
 			continue
 		}
-		all := append(bytes.Clone(want), make([]byte, r.Size-int64(len(want)))...)
-		mustEqual(t, name, w.volumeContent(adapters.VolumeID{Backend: "mem", ID: "local/" + name}), all)
+		mustEqual(t, name, w.volumeContent(adapters.VolumeID{Backend: "mem", ID: "local/" + name}), want.resized(r.Size))
 	}
 	twice := RestoreRequest{Source: FromSnapshot(w.adapter, s), Target: w.adapter, Volume: target("clone")}
 	if _, err := Restore(t.Context(), twice); fault.KindOf(err) != fault.Busy {
@@ -111,7 +110,7 @@ func TestRestoreSizes(t *testing.T) {
 	if err != nil || got.Size != 6<<20 {
 		t.Fatalf("%+v, %v", got, err)
 	}
-	mustEqual(t, "larger", w.volumeContent(adapters.VolumeID{Backend: "mem", ID: "local/new"}), append(bytes.Clone(want), make([]byte, 1<<20)...))
+	mustEqual(t, "larger", w.volumeContent(adapters.VolumeID{Backend: "mem", ID: "local/new"}), want.resized(6<<20))
 
 	for name, q := range map[string]RestoreRequest{
 		"no such backup":   {Source: FromBackup(w.repo, "none"), Volume: target("x")},

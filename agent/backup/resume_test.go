@@ -2,6 +2,7 @@ package backup
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"iter"
@@ -120,7 +121,8 @@ func resumeRequest(r *repository.Repository, a adapters.Adapter, snapshot string
 	return Request{Adapter: a, Snapshot: adapters.SnapshotID{Volume: resumeVolume, Name: snapshot}, Repository: r, ID: resumeID + "-" + snapshot, Pace: Pace{Bytes: 1 << 20, Time: time.Nanosecond}}
 }
 
-// resumedChild backs a snapshot up, or restores it, until it kills itself.
+// resumedChild backs a snapshot up until it kills itself. If it is not to, it compares the backup with the snapshot, and
+// prints the report.
 func resumedChild() error {
 	ctx := context.Background()
 	read, err := newCounter(os.Getenv("COUNTER"))
@@ -139,9 +141,21 @@ func resumedChild() error {
 	if err != nil {
 		return err
 	}
-	fmt.Println("open")
-	_, err = Run(ctx, resumeRequest(r, a, os.Getenv("SNAPSHOT")))
-	return fmt.Errorf("it was not killed: %w", err)
+	snapshot := os.Getenv("SNAPSHOT")
+	if a.at > 0 {
+		fmt.Println("open")
+	}
+	report, err := Run(ctx, resumeRequest(r, a, snapshot))
+	if a.at > 0 {
+		return fmt.Errorf("it was not killed: %w", err)
+	}
+	if err == nil {
+		err = sameAsSnapshot(ctx, r, report.Backup, a, snapshot)
+	}
+	if err == nil {
+		err = json.NewEncoder(os.Stdout).Encode(report)
+	}
+	return err
 }
 
 // changedBytes is what an incremental of the second snapshot has to read, in chunks of 1 MiB.
@@ -151,14 +165,15 @@ const changedBytes = resumeSize / 8 * 7
 // left. What the checkpoint refers to survives a maintenance, also after its base was forgotten.
 func TestResume(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, 1<<20, 1<<20)
+	w := newKopiaWorld(t, 1<<20, 1<<20)
 	for _, c := range []struct {
 		snapshot string
 		total    int64
 		kind     repository.Kind
 	}{{"first", resumeSize, repository.Full}, {"second", changedBytes, repository.Incremental}} {
 		path := t.TempDir() + "/counter"
-		if c := runChild(t, "resume", time.Hour, 0, "REPOSITORY="+w.at.Path, "COUNTER="+path, "SNAPSHOT="+c.snapshot, fmt.Sprint("AT=", c.total/2)); !c.killed {
+		env := []string{"REPOSITORY=" + w.at.Path, "COUNTER=" + path, "SNAPSHOT=" + c.snapshot, fmt.Sprint("AT=", c.total/2)}
+		if c := runChild(t, "resume", time.Hour, 0, env...); !c.killed {
 			t.Fatal("the child was not killed")
 		}
 		newKopia(t, w.at).run("maintenance", "run", "--full", "--safety=none")
@@ -167,57 +182,54 @@ func TestResume(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		a, _, err := resumeWorld(resumeSize, read)
-		if err != nil {
-			t.Fatal(err)
-		}
 		r := openRepository(t, w.at)
 		unfinished, err := r.Checkpoints(t.Context(), repository.Filter{})
 		if err != nil || len(unfinished) != 1 || unfinished[0].Done == 0 {
 			t.Fatalf("%+v, %v", unfinished, err)
 		}
-		report, err := Run(t.Context(), resumeRequest(r, a, c.snapshot))
-		if err != nil {
-			t.Fatal(err)
-		}
+		var report Report
+		childReport(t, &report, "resume", append(env, "AT=0")...)
 		twice := read.n.Load() - report.BytesAudited - report.BytesChecked - c.total
 		t.Logf("%s: killed at half of %d MiB, continued at %d MiB, read %d MiB twice (%.1f %%)", c.kind, c.total>>20, report.BytesResumed>>20, twice>>20, 100*float64(twice)/float64(c.total))
 		if report.Kind != c.kind || report.BytesResumed == 0 || twice < 0 || twice > c.total/10 {
 			t.Errorf("%+v", report)
 		}
-		sameAsSnapshot(t, r, report.Backup, a, c.snapshot)
-		if left, err := r.Checkpoints(t.Context(), repository.Filter{}); err != nil || len(left) > 0 {
+		if left, err := openRepository(t, w.at).Checkpoints(t.Context(), repository.Filter{}); err != nil || len(left) > 0 {
 			t.Errorf("left: %+v, %v", left, err)
 		}
 	}
 }
 
 // sameAsSnapshot compares a backup with a snapshot, chunk by chunk.
-func sameAsSnapshot(t *testing.T, r *repository.Repository, handle string, a counted, snapshot string) {
-	t.Helper()
-	b, err := r.Backup(t.Context(), backupID(t, handle))
+func sameAsSnapshot(ctx context.Context, r *repository.Repository, handle string, a counted, snapshot string) error {
+	h, err := repository.ParseHandle(handle)
 	if err != nil {
-		t.Fatal(err)
+		return err
 	}
-	image, err := r.OpenImage(t.Context(), b)
+	b, err := r.Backup(ctx, h.ID)
 	if err != nil {
-		t.Fatal(err)
+		return err
+	}
+	image, err := r.OpenImage(ctx, b)
+	if err != nil {
+		return err
 	}
 	defer image.Close()
-	source, err := a.Adapter.Open(t.Context(), adapters.SnapshotID{Volume: resumeVolume, Name: snapshot})
+	source, err := a.Adapter.Open(ctx, adapters.SnapshotID{Volume: resumeVolume, Name: snapshot})
 	if err != nil {
-		t.Fatal(err)
+		return err
 	}
 	defer source.Close()
 	p := make([]byte, r.ChunkSize())
 	for off := int64(0); off < b.Size; off += int64(len(p)) {
-		if _, err := source.ReadAt(t.Context(), p, off); err != nil {
-			t.Fatal(err)
+		if _, err := source.ReadAt(ctx, p, off); err != nil {
+			return err
 		}
-		if n, err := image.Need(t.Context(), off, p); err != nil || !image.Is(n.Chunk, p) {
-			t.Fatalf("the backup of %s differs in the chunk at %d: %v", snapshot, off, err)
+		if n, err := image.Need(ctx, off, p); err != nil || !image.Is(n.Chunk, p) {
+			return fmt.Errorf("the backup of %s differs in the chunk at %d: %v", snapshot, off, err)
 		}
 	}
+	return nil
 }
 
 // Cancelled, or with a source that went away, a backup leaves a checkpoint as its last act. It is of no use for another
@@ -277,7 +289,9 @@ func TestCheckpoints(t *testing.T) {
 	if err != nil || report.BytesResumed <= first.Done {
 		t.Fatalf("%+v, %v", report, err)
 	}
-	sameAsSnapshot(t, w.repo, report.Backup, a, "first")
+	if err := sameAsSnapshot(t.Context(), w.repo, report.Backup, a, "first"); err != nil {
+		t.Error(err)
+	}
 
 	// An incremental is interrupted; a full one of the same id starts from nothing, and replaces its checkpoint.
 	read.n.Store(0)

@@ -30,10 +30,10 @@ func (w *world) later(d time.Duration) *repository.Repository {
 
 // days makes a backup a day, of which one is kept, with a full cycle of maintenance: what is kept is right every day, and in the
 // end the space of the others is back. It returns the kept backups and what is in them.
-func (w *world) days(n int) (wants map[string][]byte) {
+func (w *world) days(n int) (wants map[string]*model) {
 	w.t.Helper()
 	rng := rand.New(rand.NewPCG(71, 72))
-	wants = map[string][]byte{}
+	wants = map[string]*model{}
 	var last string
 	var used []int64
 	for day := range n {
@@ -72,7 +72,7 @@ func (w *world) days(n int) (wants map[string][]byte) {
 }
 
 // kopiaAgrees has kopia's own command verify the repository and restore its only backup.
-func (w *world) kopiaAgrees(wants map[string][]byte) *kopia {
+func (w *world) kopiaAgrees(wants map[string]*model) *kopia {
 	w.t.Helper()
 	k := newKopia(w.t.(*testing.T), w.at)
 	k.run("snapshot", "verify", "--verify-files-percent=100")
@@ -88,7 +88,7 @@ func TestMaintainS3(t *testing.T) {
 	for _, kind := range s3.Kinds {
 		t.Run(string(kind), func(t *testing.T) {
 			t.Parallel()
-			w := newWorld(t, 64<<10, 50<<20)
+			w := newKopiaWorld(t, 64<<10, 50<<20)
 			w.inBucket(stores.Get(t, kind), "", 0)
 			w.kopiaAgrees(w.days(7))
 		})
@@ -104,7 +104,7 @@ func TestMaintainWithObjectLock(t *testing.T) {
 			t.Run(fmt.Sprintf("%s retaining for %v", kind, retain), func(t *testing.T) {
 				t.Parallel()
 				s := stores.Get(t, kind)
-				w := newWorld(t, 64<<10, 50<<20)
+				w := newKopiaWorld(t, 64<<10, 50<<20)
 				w.inBucket(s, "", 0)
 				w.at.S3.Bucket = s.LockedBucket(t)
 				if err := repository.Init(t.Context(), w.at, passphrase, repository.Options{ChunkSize: 64 << 10, Host: "test", Retain: retain}); err != nil {

@@ -26,7 +26,7 @@ func (w *world) inBucket(s *s3.Store, endpoint string, patience time.Duration) {
 		AccessKey: adapters.NewSecret(s.AccessKey), SecretKey: adapters.NewSecret(s.SecretKey),
 	}
 	// The blobs of an empty repository in a folder are the objects of one in a bucket.
-	folder := emptyRepository(w.t, 64<<10)
+	folder := emptyRepository(w.t, w.options)
 	err := filepath.WalkDir(folder, func(path string, d fs.DirEntry, err error) error {
 		rel, isBlob := strings.CutSuffix(strings.TrimPrefix(path, folder+"/"), ".f")
 		if err != nil || !isBlob {
@@ -47,7 +47,7 @@ func (w *world) inBucket(s *s3.Store, endpoint string, patience time.Duration) {
 }
 
 // restored is what a restore of a backup makes.
-func (w *world) restored(handle, name string) ([]byte, error) {
+func (w *world) restored(handle, name string) (adapters.Image, error) {
 	w.t.Helper()
 	r, err := Restore(w.t.Context(), RestoreRequest{Source: FromBackup(w.repo, backupID(w.t, handle)), Target: w.adapter, Volume: target(name)})
 	if err != nil {
@@ -65,7 +65,7 @@ func TestBackupToS3(t *testing.T) {
 	for _, kind := range s3.Kinds {
 		t.Run(string(kind), func(t *testing.T) {
 			t.Parallel()
-			w := newWorld(t, 64<<10, 70<<20+12345)
+			w := newKopiaWorld(t, 64<<10, 70<<20+12345)
 			w.inBucket(stores.Get(t, kind), "", 0)
 			rng := rand.New(rand.NewPCG(21, 22))
 			w.write(random(rng, 30<<20), 20<<20)
@@ -77,7 +77,7 @@ func TestBackupToS3(t *testing.T) {
 			if a.Kind != repository.Full || b.Kind != repository.Incremental || b.BytesStored > 2<<20 {
 				t.Errorf("%+v\n%+v", a, b)
 			}
-			for handle, want := range map[string][]byte{a.Backup: wantFirst, b.Backup: wantSecond} {
+			for handle, want := range map[string]*model{a.Backup: wantFirst, b.Backup: wantSecond} {
 				if _, err := Verify(t.Context(), VerifyRequest{Repository: w.repo, ID: backupID(t, handle)}); err != nil {
 					t.Error(err)
 				}
@@ -229,7 +229,7 @@ func TestS3Vanishes(t *testing.T) {
 		return err
 	})
 	mustEqual(t, "the backup", w.content(r.Backup), want)
-	var got []byte
+	var got adapters.Image
 	during("restore", "GET", func() (err error) {
 		got, err = w.restored(r.Backup, "restored")
 		return err

@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -78,7 +77,7 @@ func (s *subvolume) cut(ctx context.Context) (adapters.SnapshotID, error) {
 // filesystem, and what kopia restores, is what was there.
 func TestTreeBtrfs(t *testing.T) {
 	t.Parallel()
-	x, w := newSubvolume(t, 1<<30), newWorld(t, 64<<10, 4096)
+	x, w := newSubvolume(t, 1<<30), newKopiaWorld(t, 64<<10, 4096)
 	rng := rand.New(rand.NewPCG(21, 22))
 	var handles []string
 	var models []*adaptertest.TreeModel
@@ -223,14 +222,8 @@ func kopiasName(t *testing.T, dir, name string) string {
 	return ""
 }
 
-// wideCount is how many files are in the one directory of TestTreeWide. The race detector, under which memory is not what it
-// would be, has fewer.
-func wideCount() int64 {
-	if raceDetector {
-		return 15_000
-	}
-	return 100_000
-}
+// wideCount is how many files are in the one directory of TestTreeWide.
+const wideCount = 100_000
 
 type wideReport struct {
 	Full, Incremental Report
@@ -281,37 +274,28 @@ func TestTreeWide(t *testing.T) {
 	if err := x.Mkdir("wide"); err != nil {
 		t.Fatal(err)
 	}
-	for i := range wideCount() {
+	for i := range wideCount {
 		if err := os.WriteFile(filepath.Join(x.Dir, "wide", fmt.Sprintf("%06d", i)), fmt.Appendf(nil, "file %d", i), 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
 	at := repository.Location{Path: t.TempDir()}
-	if err := repository.Init(t.Context(), at, passphrase, repository.Options{}); err != nil {
-		t.Fatal(err)
-	}
-	child := exec.CommandContext(t.Context(), os.Args[0])
-	child.Env = append(os.Environ(), childVariable+"=wide", "REPOSITORY="+at.Path, "TREE="+x.Dir)
-	child.Stderr = os.Stderr
-	text, err := child.Output()
-	if err != nil {
+	if err := repository.Init(t.Context(), at, passphrase, repository.Options{}.Quick()); err != nil {
 		t.Fatal(err)
 	}
 	var got wideReport
-	if err := json.Unmarshal(text, &got); err != nil {
-		t.Fatal(err)
-	}
+	childReport(t, &got, "wide", "REPOSITORY="+at.Path, "TREE="+x.Dir)
 	t.Logf("peak %d MiB; full %.2f s, incremental %.2f s, restore %.2f s", got.Peak>>20, got.Full.Seconds, got.Incremental.Seconds, got.Restore.Seconds)
-	if f := got.Full.Tree; f.Entries != wideCount()+2 || f.FilesRead != wideCount() || f.DirsWalked != 2 {
+	if f := got.Full.Tree; f.Entries != wideCount+2 || f.FilesRead != wideCount || f.DirsWalked != 2 {
 		t.Errorf("%+v", f)
 	}
-	if i := got.Incremental.Tree; i.Entries != wideCount()+2 || i.FilesRead != 10 || i.FilesReused != wideCount()-10 || i.DirsWalked != 2 {
+	if i := got.Incremental.Tree; i.Entries != wideCount+2 || i.FilesRead != 10 || i.FilesReused != wideCount-10 || i.DirsWalked != 2 {
 		t.Errorf("%+v", i)
 	}
-	if got.Restore.Entries != wideCount()+2 {
+	if got.Restore.Entries != wideCount+2 {
 		t.Errorf("%+v", got.Restore)
 	}
-	if got.Peak > memoryMax && !raceDetector {
+	if got.Peak > memoryMax {
 		t.Errorf("peak of %d MiB", got.Peak>>20)
 	}
 }

@@ -102,7 +102,7 @@ func halfwayChild() error {
 // no checkpoint is left. What the checkpoint refers to survives a maintenance.
 func TestTreeKilledHalfway(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, 64<<10, 4096)
+	w := newKopiaWorld(t, 64<<10, 4096)
 	for i, snapshot := range []string{"first", "second"} {
 		total, path := halfwayTotal[i], t.TempDir()+"/counter"
 		if c := runChild(t, "halfway", time.Hour, 0, "REPOSITORY="+w.at.Path, "COUNTER="+path, "SNAPSHOT="+snapshot, fmt.Sprint("AT=", total/2)); !c.killed {

@@ -1,6 +1,7 @@
 package backup
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"maps"
@@ -109,9 +110,9 @@ func TestVerifyAgainst(t *testing.T) {
 	if fault.KindOf(err) != fault.Corrupt || r.Same || r.BytesDiffer == 0 || r.BytesDiffer%(64<<10) != 0 || r.BytesBad != 0 {
 		t.Errorf("%+v, %v", r, err)
 	}
-	for off := int64(0); off < int64(len(w.wants[0])); off += 64 << 10 {
-		end := min(off+64<<10, int64(len(w.wants[0])))
-		differs := string(w.wants[0][off:end]) != string(w.wants[1][off:end])
+	for off := int64(0); off < w.wants[0].size; off += 64 << 10 {
+		end := min(off+64<<10, w.wants[0].size)
+		differs := !bytes.Equal(w.wants[0].read(off, end-off), w.wants[1].read(off, end-off))
 		named := strings.Contains(strings.Join(r.Differences, "\n"), " at "+fmt.Sprint(off)+": the backup has content ")
 		if differs != named {
 			t.Errorf("at %d: differs %v, named %v", off, differs, named)

@@ -1,11 +1,11 @@
 package backup
 
 import (
-	"bytes"
 	"context"
-	"errors"
+	"crypto/aes"
+	"crypto/cipher"
+	"encoding/binary"
 	"fmt"
-	"io"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -24,17 +24,29 @@ type world struct {
 	t       testing.TB
 	store   *mem.Store
 	adapter adapters.Adapter
+	options repository.Options
 	at      repository.Location
 	repo    *repository.Repository
 	volume  *mem.Volume
 	id      adapters.VolumeID
-	model   []byte // of the volume, nil if it is too large for one
+	model   *model // of the volume
 	cuts    int
 }
 
 func newWorld(t testing.TB, chunk, size int64) *world {
 	t.Helper()
-	w := &world{t: t, store: new(mem.Store), at: repository.Location{Path: t.TempDir()}}
+	return newWorldOf(t, repository.Options{ChunkSize: chunk, Host: "test"}.Quick(), size)
+}
+
+// newKopiaWorld is one whose repository kopia's own command opens, as it opens every repository outside of tests.
+func newKopiaWorld(t testing.TB, chunk, size int64) *world {
+	t.Helper()
+	return newWorldOf(t, repository.Options{ChunkSize: chunk, Host: "test"}, size)
+}
+
+func newWorldOf(t testing.TB, o repository.Options, size int64) *world {
+	t.Helper()
+	w := &world{t: t, store: new(mem.Store), options: o, at: repository.Location{Path: t.TempDir()}}
 	w.adapter = w.store.Adapter("mem")
 	var err error
 	if w.volume, err = w.store.Create("vol", size); err != nil {
@@ -45,10 +57,8 @@ func newWorld(t testing.TB, chunk, size int64) *world {
 		t.Fatal(err)
 	}
 	w.id = v.ID
-	if size <= 1<<30 {
-		w.model = make([]byte, size)
-	}
-	w.empty(chunk)
+	w.model = newModel(size)
+	w.empty()
 	t.Cleanup(func() {
 		if err := w.adapter.Close(); err != nil {
 			t.Errorf("left open: %v", err)
@@ -58,21 +68,21 @@ func newWorld(t testing.TB, chunk, size int64) *world {
 }
 
 // empty puts an empty repository where the world's is to be.
-func (w *world) empty(chunk int64) {
+func (w *world) empty() {
 	w.t.Helper()
-	if err := os.CopyFS(w.at.Path, os.DirFS(emptyRepository(w.t, chunk))); err != nil {
+	if err := os.CopyFS(w.at.Path, os.DirFS(emptyRepository(w.t, w.options))); err != nil {
 		w.t.Fatal(err)
 	}
 	w.repo = openRepository(w.t, w.at)
 }
 
 // anew gives the world another, empty repository.
-func (w *world) anew(chunk int64) {
+func (w *world) anew() {
 	w.t.Helper()
 	if err := os.RemoveAll(w.at.Path); err != nil {
 		w.t.Fatal(err)
 	}
-	w.empty(chunk)
+	w.empty()
 }
 
 // sound verifies the whole repository: every byte of every backup, and whatever else is there.
@@ -90,22 +100,22 @@ func (w *world) sound() {
 
 var (
 	emptyMu    sync.Mutex
-	emptyPaths = map[int64]string{} // by chunk size
+	emptyPaths = map[repository.Options]string{}
 )
 
-// emptyRepository is a repository to be copied: deriving the key for a new one takes a good part of a second.
-func emptyRepository(t testing.TB, chunk int64) string {
+// emptyRepository is a repository to be copied.
+func emptyRepository(t testing.TB, o repository.Options) string {
 	t.Helper()
 	emptyMu.Lock()
 	defer emptyMu.Unlock()
-	if path, ok := emptyPaths[chunk]; ok {
+	if path, ok := emptyPaths[o]; ok {
 		return path
 	}
-	path := filepath.Join(testDir, fmt.Sprint("empty-", chunk))
-	if err := repository.Init(t.Context(), repository.Location{Path: path}, passphrase, repository.Options{ChunkSize: chunk, Host: "test"}); err != nil {
+	path := filepath.Join(testDir, fmt.Sprint("empty-", len(emptyPaths)))
+	if err := repository.Init(t.Context(), repository.Location{Path: path}, passphrase, o); err != nil {
 		t.Fatal(err)
 	}
-	emptyPaths[chunk] = path
+	emptyPaths[o] = path
 	return path
 }
 
@@ -128,9 +138,7 @@ func (w *world) write(p []byte, off int64) {
 	if _, err := w.volume.WriteAt(p, off); err != nil {
 		w.t.Fatal(err)
 	}
-	if w.model != nil {
-		copy(w.model[off:], p)
-	}
+	w.model.write(p, off)
 }
 
 func (w *world) zero(off, length int64) {
@@ -138,7 +146,7 @@ func (w *world) zero(off, length int64) {
 	if err := w.volume.Zero(off, length); err != nil {
 		w.t.Fatal(err)
 	}
-	clear(w.model[off : off+length])
+	w.model.zero(off, length)
 }
 
 func (w *world) resize(size int64) {
@@ -146,16 +154,14 @@ func (w *world) resize(size int64) {
 	if err := w.volume.Resize(size); err != nil {
 		w.t.Fatal(err)
 	}
-	model := make([]byte, size)
-	copy(model, w.model)
-	w.model = model
+	w.model = w.model.resized(size)
 }
 
 // mem is the adapter itself, for what stands around it.
 func (w *world) mem() *mem.Adapter { return w.adapter.(*mem.Adapter) }
 
 // cut makes a verified snapshot and returns what it must hold.
-func (w *world) cut() (adapters.SnapshotID, []byte) {
+func (w *world) cut() (adapters.SnapshotID, *model) {
 	w.t.Helper()
 	w.cuts++
 	s, err := w.adapter.CreateSnapshot(w.t.Context(), w.id, fmt.Sprintf("cut-%d", w.cuts))
@@ -165,7 +171,7 @@ func (w *world) cut() (adapters.SnapshotID, []byte) {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	return s.ID, bytes.Clone(w.model)
+	return s.ID, w.model.clone()
 }
 
 func (w *world) backup(s adapters.SnapshotID) Report {
@@ -190,8 +196,8 @@ func backupID(t testing.TB, handle string) string {
 	return h.ID
 }
 
-// content reads a backup's image.
-func (w *world) content(handle string) []byte {
+// content opens a backup's image.
+func (w *world) content(handle string) adapters.Image {
 	w.t.Helper()
 	b, err := w.repo.Backup(w.t.Context(), backupID(w.t, handle))
 	if err != nil {
@@ -201,35 +207,11 @@ func (w *world) content(handle string) []byte {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	defer image.Close()
-	p := make([]byte, image.Size())
-	if n, err := image.ReadAt(w.t.Context(), p, 0); err != nil && !errors.Is(err, io.EOF) || n != len(p) {
-		w.t.Fatalf("read %d of %d: %v", n, len(p), err)
-	}
-	return p
+	return image
 }
 
-// snapshotContent reads a snapshot.
-func snapshotContent(t testing.TB, a adapters.Adapter, id adapters.SnapshotID) []byte {
-	t.Helper()
-	opener, _ := adapters.As[adapters.Opener](a)
-	image, err := opener.Open(t.Context(), id)
-	if err != nil {
-		t.Fatal(err)
-	}
-	p := make([]byte, image.Size())
-	n, err := image.ReadAt(t.Context(), p, 0)
-	if err != nil && !errors.Is(err, io.EOF) || n != len(p) {
-		t.Fatalf("read %d of %d: %v", n, len(p), err)
-	}
-	if err := image.Close(); err != nil {
-		t.Fatal(err)
-	}
-	return p
-}
-
-// volumeContent cuts a volume and reads the cut.
-func (w *world) volumeContent(id adapters.VolumeID) []byte {
+// volumeContent cuts a volume and opens the cut.
+func (w *world) volumeContent(id adapters.VolumeID) adapters.Image {
 	w.t.Helper()
 	w.cuts++
 	s, err := w.adapter.CreateSnapshot(w.t.Context(), id, fmt.Sprintf("look-%d", w.cuts))
@@ -239,32 +221,25 @@ func (w *world) volumeContent(id adapters.VolumeID) []byte {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	return snapshotContent(w.t, w.adapter, s.ID)
+	opener, _ := adapters.As[adapters.Opener](w.adapter)
+	image, err := opener.Open(w.t.Context(), s.ID)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return image
 }
 
-func mustEqual(t testing.TB, what string, got, want []byte) {
-	t.Helper()
-	if bytes.Equal(got, want) {
-		return
-	}
-	if len(got) != len(want) {
-		t.Fatalf("%s: %d bytes, want %d", what, len(got), len(want))
-	}
-	for i := range got {
-		if got[i] != want[i] {
-			t.Fatalf("%s: differs at %d: %#x, want %#x", what, i, got[i], want[i])
-		}
-	}
-}
-
+// random is bytes that do not compress, the same for the same state of rng. A cipher makes them: the race detector looks on at
+// all that rng does.
 func random(rng *rand.Rand, n int64) []byte {
-	p := make([]byte, n)
-	for i := 0; i < len(p); i += 8 {
-		v := rng.Uint64()
-		for k := i; k < min(i+8, len(p)); k++ {
-			p[k] = byte(v)
-			v >>= 8
-		}
+	var key [16]byte
+	binary.LittleEndian.PutUint64(key[:], rng.Uint64())
+	binary.LittleEndian.PutUint64(key[8:], rng.Uint64())
+	block, err := aes.NewCipher(key[:])
+	if err != nil {
+		panic(err) // of the key's length
 	}
+	p := make([]byte, n)
+	cipher.NewCTR(block, make([]byte, aes.BlockSize)).XORKeyStream(p, p)
 	return p
 }

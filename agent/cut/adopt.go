@@ -29,6 +29,9 @@ func instantOf(snapshots []adapters.Snapshot) string {
 	return hex.EncodeToString(h.Sum(nil)[:16])
 }
 
+// Alone reports whether a published snapshot is the only one of its cut: whether its instant is of itself only.
+func Alone(s adapters.Snapshot) bool { return s.Notes.Instant == instantOf([]adapters.Snapshot{s}) }
+
 // leftover is what to do about the snapshots that bear a cut's name before it begins.
 type leftover uint8
 

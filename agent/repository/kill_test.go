@@ -75,7 +75,11 @@ func maintainingChild() error {
 // how long it lived after it had opened the repository.
 func (a *aged) killChild(child string, after time.Duration, most int, env ...string) (said []string, lived time.Duration) {
 	a.t.Helper()
-	c := exec.Command(os.Args[0])
+	program, err := childProgram()
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	c := exec.Command(program)
 	c.Env = append(append(os.Environ(), childVariable+"="+child, "REPOSITORY="+a.at.Path, "LOCKS="+a.run, fmt.Sprint("SKEW=", int64(a.now))), env...)
 	c.Stderr = os.Stderr
 	out, err := c.StdoutPipe()

@@ -3,8 +3,10 @@ package repository
 import (
 	"fmt"
 	"os"
+	"sync"
 	"testing"
 
+	"stillpoint.io/stillpoint/integration/child"
 	"stillpoint.io/stillpoint/integration/s3"
 )
 
@@ -16,6 +18,9 @@ var children = map[string]func() error{
 	"forget":   forgettingChild,
 	"maintain": maintainingChild,
 }
+
+// childProgram is what children run, built when the first test asks.
+var childProgram = sync.OnceValues(func() (string, error) { return child.Program(testDir) })
 
 const childVariable = "STILLPOINT_REPOSITORY_TEST_CHILD"
 

@@ -36,6 +36,8 @@ type Options struct {
 	// with object lock can do it.
 	Retain     time.Duration
 	RetainMode RetainMode // Governance if empty
+
+	derivation derivation
 }
 
 // RetainMode is how an object lock holds.
@@ -125,7 +127,8 @@ func create(ctx context.Context, at Location, passphrase adapters.Secret, o Opti
 		}
 	}
 	err = repo.Initialize(ctx, st, &repo.NewRepositoryOptions{
-		RetentionMode: retain.RetentionMode, RetentionPeriod: retain.RetentionPeriod,
+		FormatBlockKeyDerivationAlgorithm: string(cmp.Or(o.derivation, scrypt)),
+		RetentionMode:                     retain.RetentionMode, RetentionPeriod: retain.RetentionPeriod,
 		BlockFormat:  format.ContentFormat{Hash: "BLAKE3-256", Encryption: "AES256-GCM-HMAC-SHA256"},
 		ObjectFormat: format.ObjectFormat{Splitter: "FIXED-1M"}, // of kopia's own files, and of our indexes' top level
 	}, passphrase.Reveal())

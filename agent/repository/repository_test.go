@@ -23,7 +23,7 @@ var secret = adapters.NewSecret("correct horse battery staple")
 func mustInit(t testing.TB, chunk int64) Location {
 	t.Helper()
 	at := Location{Path: filepath.Join(t.TempDir(), "repository")}
-	if err := Init(t.Context(), at, secret, Options{ChunkSize: chunk, Host: "test"}); err != nil {
+	if err := Init(t.Context(), at, secret, Options{ChunkSize: chunk, Host: "test"}.Quick()); err != nil {
 		t.Fatal(err)
 	}
 	return at

@@ -3,6 +3,7 @@ package thinmeta_test
 import (
 	"bytes"
 	"encoding/xml"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -15,6 +16,7 @@ import (
 	"stillpoint.io/stillpoint/cbt"
 	"stillpoint.io/stillpoint/cbt/thinmeta"
 	"stillpoint.io/stillpoint/cbt/thinmeta/thinmetatest"
+	"stillpoint.io/stillpoint/fault"
 )
 
 // tool runs a program of thin-provisioning-tools and returns what it prints.
@@ -247,6 +249,63 @@ func TestOracle(t *testing.T) {
 			m = open(t, restored)
 			compareDump(t, restored, m, false)
 			compareDeltas(t, r, restored, m, ids, false)
+		})
+	}
+}
+
+// TestManyDevices compares the same for as many devices as fill one leaf of the details (126) or one of the roots (252), for
+// one more, and for one more than fill a node above the leaves of the details: the two trees that lead to the devices
+// have one to three levels.
+func TestManyDevices(t *testing.T) {
+	needTools(t)
+	for _, n := range []int{126, 127, 252, 253, 31753} {
+		t.Run(fmt.Sprint(n), func(t *testing.T) {
+			t.Parallel()
+			p := thinmetatest.New(thinmetatest.Options{BlockSize: 64 << 10, DataBlocks: 1000, Capacity: thinmetatest.MaxCapacity})
+			id := func(i int) uint64 { return uint64(10 + 3*i) } // so that there are gaps
+			p.Create(id(0))
+			p.Write(id(0), 7)
+			for i := 1; i < n; i++ {
+				p.Snapshot(id(i), id(0))
+			}
+			for _, i := range []int{1, n / 2, n - 1} {
+				p.Write(id(i), uint64(i))
+			}
+			path := filepath.Join(t.TempDir(), "image")
+			image, err := p.Image()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(path, image, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			tool(t, "thin_check", path)
+			paths := []string{path}
+			if n < 1000 { // thin_restore gives every device a tree of its own
+				paths = append(paths, restore(t, path))
+			}
+			for _, path := range paths {
+				m := open(t, path)
+				if ids := compareDump(t, path, m, false); len(ids) != n {
+					t.Errorf("%d devices of %d", len(ids), n)
+				}
+				for _, pair := range [][2]int{{0, n - 1}, {1, n / 2}, {n - 1, n - 2}} {
+					base, target := thinmeta.DeviceID(id(pair[0])), thinmeta.DeviceID(id(pair[1]))
+					const size = 1 << 40
+					d, err := m.Changed(t.Context(), thinmeta.Volume{ID: base, Size: size}, thinmeta.Volume{ID: target, Size: size}, 0)
+					if err != nil {
+						t.Fatal(err)
+					}
+					if got, want := collect(t, d.Extents), thinDelta(t, path, 64<<10, base, target, false); !slices.Equal(got, want) {
+						t.Errorf("delta of %d and %d: %v, thin_delta says %v", base, target, got, want)
+					}
+				}
+				for _, absent := range []uint64{0, 9, 11, id(n/2) - 1, id(n-1) + 1, 1<<24 - 1} {
+					if _, err := m.Device(t.Context(), thinmeta.DeviceID(absent)); !errors.Is(err, fault.NotFound) {
+						t.Errorf("device %d, which there is not: %v", absent, err)
+					}
+				}
+			}
 		})
 	}
 }

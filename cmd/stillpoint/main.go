@@ -143,7 +143,7 @@ Exit codes: 0 success, 1 unforeseen, 2 invalid, 3 not found, 4 busy, 5 unsupport
 		a.cutCommand(), a.snapshotsCommand(), a.deleteCommand(), a.diffCommand(),
 		a.backupCommand(), a.backupsCommand(), a.lsCommand(), a.restoreCommand(), a.verifyCommand(), a.repairCommand(), a.forgetCommand(),
 		a.scrubCommand(), a.canaryCommand(), a.spaceCommand(),
-		a.remoteCommand(), a.adaptersCommand(), a.inspectCommand(), freezerCommand(), a.versionCommand(),
+		a.remoteCommand(), a.adaptersCommand(), a.inspectCommand(), a.agentCommand(), freezerCommand(), a.versionCommand(),
 	)
 	return root
 }

@@ -5,11 +5,12 @@
 #   ceph-up.sh stop  DIR     stop every daemon of DIR (by pid file), keep the data
 #   ceph-up.sh purge DIR     stop and delete DIR
 # Environment: STORE=bluestore|memstore (bluestore)  OSD_SIZE=32G (sparse file)  PORT=6700 (range PORT..PORT+49)
-#              MDS=1|0  RGW=1|0  RGW_PORT=PORT+40
+#              MDS=1|0  RGW=1|0  RGW_PORT=PORT+40  LEASE=7 (seconds that the osd may answer reads on its own)
+#              WATCH=30 (seconds that a client that died is taken for alive)
 # After it: export CEPH_CONF=DIR/ceph.conf  (client.admin key is at DIR/keyring, named in that conf)
 set -euo pipefail
 CMD=${1:?start|osd|stop|purge} DIR=$(mkdir -p "${2:?DIR}" && cd "$2" && pwd)
-STORE=${STORE:-bluestore} OSD_SIZE=${OSD_SIZE:-32G} PORT=${PORT:-6700} MDS=${MDS:-1} RGW=${RGW:-1}
+STORE=${STORE:-bluestore} OSD_SIZE=${OSD_SIZE:-32G} PORT=${PORT:-6700} MDS=${MDS:-1} RGW=${RGW:-1} LEASE=${LEASE:-7} WATCH=${WATCH:-30}
 RGW_PORT=${RGW_PORT:-$((PORT + 40))}
 S3_KEY=${S3_KEY:-TESTACCESSKEY0000001} S3_SECRET=${S3_SECRET:-testsecretkey0000000000000000000000000001}
 export CEPH_CONF=$DIR/ceph.conf PATH=/usr/bin:/usr/sbin:/bin:/sbin   # /usr/bin first: the ceph CLI needs Debian's python3
@@ -82,9 +83,8 @@ osd pool default min size = 1
 osd pool default pg num = 8
 osd pool default pg autoscale mode = off
 osd crush chooseleaf type = 0
-# Default .8 of 20 s: so long an osd that was killed and started again does not answer. With .1, one that was stopped for
-# longer than that sometimes never answered again.
-osd pool default read lease ratio = .35
+# In units of osd_heartbeat_grace, 20 s.
+osd pool default read lease ratio = $(printf '%d.%02d' $((LEASE / 20)) $((LEASE % 20 * 5)))
 mon allow pool size one = true
 mon allow pool delete = true
 mon warn on pool no redundancy = false
@@ -122,7 +122,7 @@ bluestore block size = $(numfmt --from=iec "$OSD_SIZE")
 bluestore block db create = false
 bluestore block wal create = false
 bdev aio poll ms = 20   # default 250: every open and close of the device waits that long, 14 times in a first start
-osd client watch timeout = 5   # default 30: so long a client that died is taken for alive
+osd client watch timeout = $WATCH
 bluestore fsck on mount = false
 bluestore fsck quick fix on mount = false
 memstore device bytes = $(numfmt --from=iec "$OSD_SIZE")

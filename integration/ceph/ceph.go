@@ -30,7 +30,18 @@ type Options struct {
 	Files bool   // CephFS
 	S3    bool   // the S3 gateway
 	Size  string // of the OSD's sparse file, as numfmt reads it; 32G if empty
+	// Lease is for how many seconds the OSD may answer reads on its own (osd_pool_default_read_lease_ratio), 7 if zero. It
+	// renews its lease at half that time. One that was paused for longer finds its lease expired, and what it is asked
+	// before it has renewed it, it never answers, because its pools have one replica and nobody acknowledges the renewal
+	// (its placement groups stay laggy; seen with 16.2.15). And one that was killed does not answer anew before so long.
+	Lease int
+	// Watch is after how many seconds a client that died or is away is taken for dead (osd_client_watch_timeout), 30 if
+	// zero. Clients tell every 5 that they live, or every objecter_tick_interval.
+	Watch int
 }
+
+// NeverKilled is a lease for a cluster whose OSD is not killed: it may be paused for half a minute.
+const NeverKilled = 60
 
 // Cluster is a running Ceph. Close it.
 type Cluster struct {
@@ -39,10 +50,15 @@ type Cluster struct {
 	S3Endpoint           string // if there is the gateway
 	AccessKey, SecretKey string
 
+	Ports [2]int // the first and the last of 127.0.0.1 that the daemons listen at
+
 	dir   string
 	env   []string
 	guard *peer.Guard
 }
+
+// ports is how many ports a cluster has for its daemons.
+const ports = 50
 
 // Start makes a cluster from nothing, until it says HEALTH_OK.
 func Start(ctx context.Context, o Options) (*Cluster, error) {
@@ -70,13 +86,20 @@ func Start(ctx context.Context, o Options) (*Cluster, error) {
 	}
 	for range 3 { // somebody may take a port that was free a moment ago
 		var port int
-		if port, err = peer.Ports(50); err != nil {
+		if port, err = peer.Ports(ports); err != nil {
 			break
 		}
+		c.Ports = [2]int{port, port + ports - 1}
 		c.env = append(os.Environ(), fmt.Sprintf("PORT=%d", port), "MDS="+bit(o.Files), "RGW="+bit(o.S3),
 			"S3_KEY="+c.AccessKey, "S3_SECRET="+c.SecretKey)
 		if o.Size != "" {
 			c.env = append(c.env, "OSD_SIZE="+o.Size)
+		}
+		if o.Lease != 0 {
+			c.env = append(c.env, "LEASE="+strconv.Itoa(o.Lease))
+		}
+		if o.Watch != 0 {
+			c.env = append(c.env, "WATCH="+strconv.Itoa(o.Watch))
 		}
 		if o.S3 {
 			c.S3Endpoint = fmt.Sprintf("http://127.0.0.1:%d", port+40)
@@ -105,7 +128,8 @@ func (c *Cluster) Up(ctx context.Context) error { return c.run(ctx, "start") }
 // Down stops the daemons; the data stays.
 func (c *Cluster) Down(ctx context.Context) error { return c.run(ctx, "stop") }
 
-// PauseOSD stops the OSD where it is (SIGSTOP): requests to it hang. ResumeOSD lets it go on.
+// PauseOSD stops the OSD where it is (SIGSTOP): requests to it hang. ResumeOSD lets it go on, which must be within half
+// the lease (Options).
 func (c *Cluster) PauseOSD() error { return c.signalOSD(syscall.SIGSTOP) }
 
 // ResumeOSD lets a paused OSD go on.
@@ -151,7 +175,12 @@ func (c *Cluster) signalOSD(s syscall.Signal) error {
 
 // User makes a cephx user with the capabilities that Ceph's profile for RBD gives, and returns its key.
 func (c *Cluster) User(ctx context.Context, name string) (key string, err error) {
-	cmd := c.Command(ctx, "ceph", "auth", "get-or-create-key", "client."+name, "mon", "profile rbd", "osd", "profile rbd", "mgr", "profile rbd")
+	return c.UserWith(ctx, name, "mon", "profile rbd", "osd", "profile rbd", "mgr", "profile rbd")
+}
+
+// UserWith makes a cephx user with capabilities, pairs of a kind of daemon and what is allowed there, and returns its key.
+func (c *Cluster) UserWith(ctx context.Context, name string, capabilities ...string) (key string, err error) {
+	cmd := c.Command(ctx, "ceph", append([]string{"auth", "get-or-create-key", "client." + name}, capabilities...)...)
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()

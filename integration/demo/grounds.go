@@ -51,6 +51,14 @@ func (g grounds) title() string {
 	return "a pool of files (XFS with reflink) with a volume (ext4, on a loop device), and a thin pool of LVM with another (XFS), all mounted"
 }
 
+// rate is how many bytes a second the writer writes: less where a guest's one processor does everything.
+func (g grounds) rate() int64 {
+	if g.thin == "" {
+		return 20 * mib
+	}
+	return 5 * mib
+}
+
 // volumes makes the two that are cut.
 func (g grounds) volumes(ctx context.Context, l *lab.Lab) ([]volume, error) {
 	pool, err := l.Pool(ctx, "pool", "xfs", poolSize)

@@ -102,7 +102,7 @@ func run(ctx context.Context, out io.Writer, backend, program string) (err error
 		return err
 	}
 	d.title("a writer on both volumes, which will not stop: it appends 1, 2, 3, … to the first and then to the second, and rewrites random blocks")
-	writer, err := lab.StartWriter([]string{d.volumes[0].fs.Mount, d.volumes[1].fs.Mount}, dataSize, 20*mib)
+	writer, err := lab.StartWriter([]string{d.volumes[0].fs.Mount, d.volumes[1].fs.Mount}, dataSize, g.rate())
 	if err != nil {
 		return err
 	}
