@@ -44,17 +44,19 @@ type Options struct {
 
 // Cluster is a running Kubernetes. Close it. Methods may be called from any goroutine.
 type Cluster struct {
-	Admin  *Client // may everything
-	Nodes  []*Node
-	Server *Process // kube-apiserver, at 127.0.0.1:6443 inside: to pause, kill and start again
+	Admin *Client // may everything
+	Nodes []*Node
 
-	Controllers         *Process // kube-controller-manager: of volumes, service accounts and garbage
-	SnapshotController  *Process
-	Store               *Process // etcd
-	programs, dir, logs string
-	place               *place
-	authority           *authority
-	guard               *peer.Guard
+	Server             *Process // kube-apiserver, at 127.0.0.1:6443 inside: to pause, kill and start again
+	Store              *Process // etcd
+	Controllers        *Process // kube-controller-manager: of volumes, service accounts and garbage
+	SnapshotController *Process
+
+	programs  string // the folder that Build gives
+	dir, logs string // logs is in dir
+	place     *place
+	authority *authority
+	guard     *peer.Guard
 
 	mu        sync.Mutex
 	processes []*Process
