@@ -14,8 +14,8 @@ COMPILER    := gcc=gcc /usr/include/stdlib.h=libc6-dev
 FILESYSTEMS := mkfs.xfs=xfsprogs mkfs.btrfs=btrfs-progs mkfs.ext4=e2fsprogs mkfs.f2fs=f2fs-tools mount=mount cmp=diffutils
 THIN        := thin_check=thin-provisioning-tools
 PEERS       := restic=restic borg=borgbackup
-CEPH        := ceph-mon=ceph-mon ceph-mgr=ceph-mgr ceph-osd=ceph-osd radosgw=radosgw ceph=ceph-common
-CEPH_BUILD  := gcc=gcc /usr/include/stdlib.h=libc6-dev /usr/include/rados/librados.h=librados-dev /usr/include/rbd/librbd.h=librbd-dev
+CEPH        := ceph-mon=ceph-mon ceph-mgr=ceph-mgr ceph-osd=ceph-osd radosgw=radosgw ceph=ceph-common ceph-mds=ceph-mds
+CEPH_BUILD  := gcc=gcc /usr/include/stdlib.h=libc6-dev /usr/include/rados/librados.h=librados-dev /usr/include/rbd/librbd.h=librbd-dev /usr/include/cephfs/libcephfs.h=libcephfs-dev
 # The tags of a build with Ceph: go-ceph wants to be told of releases before squid, whose headers lack this function.
 CEPH_TAGS    = ceph$(shell grep -qs rbd_encryption_load2 /usr/include/rbd/librbd.h || echo ,pacific)
 # Packages that have files for a build with Ceph: the others are the same with and without.

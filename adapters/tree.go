@@ -76,7 +76,7 @@ func (t FileType) String() string {
 }
 
 // Entry is everything that a tree knows about a name, except a file's bytes. Two entries with the same values (Unchanged
-// aside) describe the same file, if its bytes are the same too. Times of access and of the last change of the metadata
+// and ButLinks aside) describe the same file, if its bytes are the same too. Times of access and of the last change of the metadata
 // are not in it: nobody can set the one without the other changing.
 type Entry struct {
 	Name     string // the path's last element; empty for the root
@@ -97,6 +97,9 @@ type Entry struct {
 	// metadata what the base has at the same path. It is said only when it is certain: false may mean unchanged too. Two
 	// names of one file that is unchanged are both unchanged.
 	Unchanged bool
+	// ButLinks narrows what Unchanged says of a directory, where a backend sees the changes of a file of several names below
+	// one of them only: what the base has below it with a Link may have changed all the same, but for its name.
+	ButLinks bool
 }
 
 // Attribute is an extended attribute.

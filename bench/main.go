@@ -4,7 +4,7 @@
 // /var/tmp, and a machine that does nothing else.
 //
 //	go run ./bench                 everything
-//	go run ./bench -only freeze    one part: freeze, backup, stages, s3, sparse, delta, thin, rbd or tree
+//	go run ./bench -only freeze    one part: freeze, backup, stages, s3, sparse, delta, thin, rbd, cephfs or tree
 package main
 
 import (
@@ -28,7 +28,7 @@ import (
 )
 
 func main() {
-	only := flag.String("only", "", "one part: freeze, backup, stages, s3, sparse, delta, thin, rbd or tree")
+	only := flag.String("only", "", "one part: freeze, backup, stages, s3, sparse, delta, thin, rbd, cephfs or tree")
 	image := flag.String("thin-image", "", "only make the metadata of the part thin, into a `file`")
 	changes := flag.String("rbd-read", "", "only read what changed in an RBD image: `conf,image`")
 	flag.Parse()
@@ -78,7 +78,7 @@ func run(ctx context.Context, only string, out io.Writer) (err error) {
 	parts := []struct {
 		name string
 		run  func(*bench, context.Context) error
-	}{{"freeze", (*bench).freeze}, {"backup", (*bench).backup}, {"stages", (*bench).stages}, {"s3", (*bench).s3}, {"sparse", (*bench).sparse}, {"delta", (*bench).delta}, {"thin", (*bench).thin}, {"rbd", (*bench).rbd}, {"tree", (*bench).tree}}
+	}{{"freeze", (*bench).freeze}, {"backup", (*bench).backup}, {"stages", (*bench).stages}, {"s3", (*bench).s3}, {"sparse", (*bench).sparse}, {"delta", (*bench).delta}, {"thin", (*bench).thin}, {"rbd", (*bench).rbd}, {"cephfs", (*bench).cephfs}, {"tree", (*bench).tree}}
 	known := only == ""
 	for _, p := range parts {
 		known = known || p.name == only

@@ -11,4 +11,6 @@ var errWithoutCeph = errors.New("this needs Ceph's libraries: `make bench` build
 
 func (b *bench) rbd(context.Context) error { return errWithoutCeph }
 
+func (b *bench) cephfs(context.Context) error { return errWithoutCeph }
+
 func rbdRead(context.Context, string) error { return errWithoutCeph }

@@ -39,10 +39,13 @@ type TreeModel struct {
 	at      map[string]*plant // by path; the root's is empty. Names of one file share a plant
 	touched map[string]bool   // paths to be described again
 	serial  int
+
+	// Times gives a time that the volume can keep; nil: it keeps any.
+	Times func(time.Time) time.Time
 }
 
 type plant struct {
-	entry adapters.Entry // Name, Link and Unchanged are not set
+	entry adapters.Entry // Name, Link, Unchanged and ButLinks are not set
 	data  []byte
 }
 
@@ -251,6 +254,9 @@ func (m *TreeModel) dressed(e adapters.Entry, r *rand.Rand) adapters.Entry {
 	e.UID, e.GID = r.Uint32N(70000), r.Uint32N(70000)
 	e.Mode = r.Uint32N(0o10000)
 	e.Modified = time.Unix(r.Int64N(1<<32)-1<<31, r.Int64N(1e9)).UTC()
+	if m.Times != nil {
+		e.Modified = m.Times(e.Modified)
+	}
 	e.Attributes = nil
 	if e.Type == adapters.Symlink {
 		e.Mode = 0o777
@@ -343,8 +349,9 @@ func (m *TreeModel) children(dir string) []string {
 	return paths
 }
 
-// same says how two models differ at a path and below, "" if they do not.
-func (m *TreeModel) same(o *TreeModel, path string) string {
+// same says how two models differ at a path and below, "" if they do not. Without links, files that have several names in the
+// other one may be anything.
+func (m *TreeModel) same(o *TreeModel, path string, withoutLinks bool) string {
 	for p, x := range m.at {
 		if !below(p, path) {
 			continue
@@ -352,6 +359,9 @@ func (m *TreeModel) same(o *TreeModel, path string) string {
 		y := o.at[p]
 		if y == nil {
 			return fmt.Sprintf("%q is new", p)
+		}
+		if withoutLinks && o.several(y) {
+			continue
 		}
 		if d := differ(y.entry, x.entry); d != "" || !bytes.Equal(x.data, y.data) || m.several(x) != o.several(y) {
 			return fmt.Sprintf("%q changed: %s", p, d)
@@ -378,7 +388,7 @@ func (m *TreeModel) several(x *plant) bool {
 
 // differ says how two entries differ in what a model knows.
 func differ(got, want adapters.Entry) string {
-	got.Name, got.Link, got.Unchanged = want.Name, want.Link, want.Unchanged
+	got.Name, got.Link, got.Unchanged, got.ButLinks = want.Name, want.Link, want.Unchanged, want.ButLinks
 	a, b := fmt.Sprintf("%+v", printable(got)), fmt.Sprintf("%+v", printable(want))
 	if a == b {
 		return ""
@@ -484,7 +494,7 @@ func (c *comparison) entry(_ context.Context, path string, e adapters.Entry) err
 	if c.base == nil {
 		return fmt.Errorf("%q is called unchanged since nothing", path)
 	}
-	if d := c.same(c.base, path); d != "" {
+	if d := c.same(c.base, path, e.ButLinks); d != "" {
 		return fmt.Errorf("%q is called unchanged: %s", path, d)
 	}
 	return nil

@@ -12,6 +12,7 @@ package adaptertest
 import (
 	"strings"
 	"testing"
+	"time"
 
 	"stillpoint.io/stillpoint/adapters"
 )
@@ -25,7 +26,8 @@ type Harness struct {
 	// Open opens the adapter anew, as another process would. The suite closes it.
 	Open func(t testing.TB) adapters.Adapter
 
-	// Create makes a volume of size bytes (a multiple of Step) that reads as zeros.
+	// Create makes a volume of size bytes (a multiple of Step) that reads as zeros. Where volumes are trees and nothing else,
+	// Create and Absent are left out, and CreateTree and AbsentTree stand for them.
 	Create func(t testing.TB, size int64) Volume
 
 	// Absent gives the canonical id of a volume that could exist but does not, each time another one. A restore may
@@ -51,6 +53,8 @@ type Harness struct {
 	// exist but does not, each time another one; a restore may make it. Without them trees are not tested.
 	CreateTree func(t testing.TB) TreeVolume
 	AbsentTree func(t testing.TB) adapters.VolumeID
+	// Times gives a time that the system can keep in a tree, where it cannot keep any.
+	Times func(time.Time) time.Time
 
 	// Provision opens an adapter as Open does, which has a place for new volumes. What is made there is removed by the suite.
 	Provision func(t testing.TB) adapters.Adapter
@@ -81,8 +85,13 @@ func Run(t *testing.T, h Harness) {
 	if h.Size == 0 {
 		h.Size = 4 << 20
 	}
+	reported := h.Size
+	if h.Create == nil {
+		h.onTrees()
+		reported = 0
+	}
 	a := h.Open(t)
-	s := &suite{Harness: h, can: adapters.CapabilitiesOf(a).Abilities}
+	s := &suite{Harness: h, reported: reported, can: adapters.CapabilitiesOf(a).Abilities}
 	if err := a.Close(); err != nil {
 		t.Fatalf("broken promise: Close of an idle adapter succeeds: %v", err)
 	}
@@ -142,5 +151,6 @@ func Run(t *testing.T, h Harness) {
 
 type suite struct {
 	Harness
-	can map[string]bool
+	reported int64 // the size that a volume of Size bytes says it has
+	can      map[string]bool
 }

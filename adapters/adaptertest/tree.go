@@ -24,6 +24,7 @@ func (s *suite) trees(t *testing.T, a adapters.Adapter, rounds int) []grown {
 	t.Helper()
 	v, r := s.CreateTree(t), seeded(t)
 	m := NewTreeModel(v)
+	m.Times = s.Times
 	var all []grown
 	for i := range rounds {
 		changes := 25
@@ -91,6 +92,7 @@ func (s *suite) treeErrors(t *testing.T) {
 	trees, _ := adapters.As[adapters.Trees](a)
 	v, w := s.CreateTree(t), s.CreateTree(t)
 	m := NewTreeModel(v)
+	m.Times = s.Times
 	if err := m.Apply(func(m *TreeModel) error { return m.Mkdir("d", nil) }, func(m *TreeModel) error { return m.Write("d/f", []byte("x"), 0, nil) },
 		func(m *TreeModel) error { return m.Symlink("up", "..", nil) }, func(m *TreeModel) error { return m.Symlink("link", "d", nil) }); err != nil {
 		t.Fatal(err)

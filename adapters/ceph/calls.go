@@ -236,15 +236,16 @@ func (c *calls) wait(most time.Duration) int {
 	return len(c.under)
 }
 
-// turns let the changes of an image be made one after the other. Ceph would have them take the image's exclusive lock from
-// each other, which takes longer than the changes.
-type turns struct {
+// turns let the changes of one thing be made one after the other.
+type turns[K comparable] struct {
 	mu    sync.Mutex
-	taken map[imageName]chan struct{}
+	taken map[K]chan struct{}
 }
 
-// take waits for an image's turn, which the call gives back when it has ended.
-func (t *turns) take(one *call, n imageName) error {
+func newTurns[K comparable]() *turns[K] { return &turns[K]{taken: map[K]chan struct{}{}} }
+
+// take waits for the turn, which the call gives back when it has ended.
+func (t *turns[K]) take(one *call, n K) error {
 	for {
 		t.mu.Lock()
 		other, taken := t.taken[n]

@@ -1,4 +1,5 @@
-// Package ceph has the adapters for Ceph: ceph-rbd, whose volumes are RBD images. They call Ceph's own libraries, so they
+// Package ceph has the adapters for Ceph: ceph-rbd, whose volumes are RBD images, and ceph-fs, whose volumes are trees of files
+// in CephFS (fs_kind.go says what is its own). They call Ceph's own libraries, so they
 // are in a binary only if it was built with cgo, the headers of librados and librbd, and the build tag ceph, together
 // with the tag of Ceph's release where that is an old one (-tags ceph,pacific with the libraries of Debian 12; see the
 // README of go-ceph). In any other binary the registry's row is there all the same and says how to get the adapter.
@@ -27,7 +28,14 @@
 // the trash by Ceph when it is deleted, and goes with the last of them; where the clones are of the old kind (version
 // 1), or somebody protected it, it is Busy.
 //
-// A restore makes an image .stillpoint-restore-HASH in the pool of the volume that is to be, and renames it at Commit.
+// A restore makes an image .stillpoint-restore-HASH in the pool of the volume that is to be, and renames it at Commit. What
+// fills an image says in the image's metadata which process on which boot of which kernel it is, and which client of Ceph:
+// when that process is known to have died, the next one shuts its client out rather than waiting until Ceph has noticed
+// (holder.go). Records whose snapshot is gone, and what a clone has of its parent's records, go with the next publication or
+// deletion (sweep.go).
+//
+// The changes of one image come one after the other, within a process (turns) and among all that are Stillpoint's
+// (turn.go): clients that change an image at once have to take its exclusive lock from each other.
 //
 // # Changed blocks
 //
@@ -54,16 +62,10 @@ func RBD() adapters.Kind {
 	return adapters.Kind{
 		Name:    "ceph-rbd",
 		Summary: "RBD images of a Ceph cluster" + lacking,
-		Keys: []adapters.Key{
-			{Name: "conf", Usage: "path of ceph.conf; default: /etc/ceph/ceph.conf, or none with monitors"},
-			{Name: "monitors", Usage: "addresses of the monitors, as mon_host in ceph.conf has them: 10.0.0.1,10.0.0.2"},
-			{Name: "user", Usage: "the cephx user, without client. before it; default: admin"},
-			{Name: "keyring", Usage: "path of the file with the user's key; default: where ceph.conf says"},
-			{Name: "key", Usage: "the user's key itself, instead of keyring", Secret: true},
-			{Name: "pool", Usage: "the pool that the backend is limited to, and that ids without a slash are in; default: every pool"},
-			{Name: "timeout", Usage: "after how long a single request to a monitor or an OSD has failed, at least 1s; default: 30s"},
-			{Name: "diff", Usage: "how changed blocks are found: auto (object maps, then exactly within changed objects) or exact (every object is asked); default: auto"},
-		},
+		Keys: append(connectionKeys(),
+			adapters.Key{Name: "pool", Usage: "the pool that the backend is limited to, and that ids without a slash are in; default: every pool"},
+			adapters.Key{Name: "diff", Usage: "how changed blocks are found: auto (object maps, then exactly within changed objects) or exact (every object is asked); default: auto"},
+		),
 		Open:    openRBD,
 		Drivers: []string{rbdDriver, "*." + rbdDriver},
 		Resolve: resolveRBD,

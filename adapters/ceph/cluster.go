@@ -145,6 +145,8 @@ func (c *cluster) configure() (*rados.Conn, error) {
 		{"objecter_timeout", seconds(min(c.timeout/4, 5*time.Second))}, {"objecter_tick_interval", seconds(min(c.timeout/8, 2500*time.Millisecond))},
 		{"rbd_cache", "false"},                  // every byte is read once
 		{"rbd_concurrent_management_ops", "64"}, // objects asked about at once in one DiffIterate
+		{"client_oc", "false"},                  // the same of CephFS; and what is written is written
+		{"client_acl_type", "posix_acl"},        // access control lists are attributes
 		{"log_to_stderr", "false"}, {"err_to_stderr", "false"}, {"mon_host", c.monitors}, {"keyring", c.keyring},
 	} {
 		if o[1] == "" {

@@ -30,7 +30,8 @@ type site struct {
 	admin   *rados.Conn
 }
 
-// running is the cluster that the tests share. Its OSD is never stopped: outages have clusters of their own.
+// running is the cluster that the tests share. Its OSD is never killed, and stopped for a moment only by tests that run alone:
+// other outages have clusters of their own.
 var running *site
 
 const testUser = "stillpoint"
@@ -48,7 +49,7 @@ func withCluster(m *testing.M) (code int) {
 	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
 	defer cancel()
 	var err error
-	running, err = startSite(ctx, ceph.Options{Lease: ceph.NeverKilled})
+	running, err = startSite(ctx, ceph.Options{Files: true, Lease: ceph.NeverKilled})
 	if err == nil {
 		defer func() {
 			if err := running.close(); err != nil && code == 0 {
@@ -62,6 +63,7 @@ func withCluster(m *testing.M) (code int) {
 		fmt.Fprintln(os.Stderr, "the cluster for the tests:", err)
 		return 1
 	}
+	defer leaveFiles()
 	return m.Run()
 }
 

@@ -274,7 +274,7 @@ func outageInRead(t *testing.T, s *site, a *Adapter, o *outage) {
 
 func outageInDelta(t *testing.T, s *site, a *Adapter, o *outage) {
 	// More objects than the answers that are fetched ahead cover, with gaps that no span crosses.
-	const objects = 40 * (spanGap + 2)
+	const objects = (waiting + asking) * (spanGap + 2)
 	v := s.makeImage(t, freeName("rbd", ""), objects<<order, nil)
 	base, err := a.CreateSnapshot(t.Context(), v.ID(), "base")
 	must(t, err)

@@ -35,9 +35,11 @@ type Adapter struct {
 	pool    string // the backend is limited to it; empty: it is not
 	exact   bool   // never trusts an object map
 	cluster *cluster
-	turns   turns
-	pace    pace
-	page    int64 // images that a listing asks for at once
+	// turns keep apart the changes of an image: Ceph would have them take its exclusive lock from each other, which takes longer
+	// than the changes.
+	turns *turns[imageName]
+	pace  pace
+	page  int64 // images that a listing asks for at once
 	// keepTwoLevel makes tests trust object maps over a shrink too.
 	keepTwoLevel bool
 }
@@ -69,7 +71,7 @@ func openRBD(_ context.Context, c adapters.Config) (adapters.Adapter, error) {
 	case strings.ContainsAny(pool, "/@"):
 		return nil, fault.Errorf(fault.Invalid, "backend %s: pool: %q is not a pool's name", c.Name, pool)
 	}
-	return &Adapter{backend: c.Name, pool: pool, exact: diff == "exact", cluster: newCluster(s), page: pageImages, turns: turns{taken: map[imageName]chan struct{}{}}}, nil
+	return &Adapter{backend: c.Name, pool: pool, exact: diff == "exact", cluster: newCluster(s), page: pageImages, turns: newTurns[imageName]()}, nil
 }
 
 // Capabilities describes the adapter.

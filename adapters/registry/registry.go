@@ -20,6 +20,7 @@ func Kinds() []adapters.Kind {
 		reflink.Kind(),
 		lvmthin.Kind(),
 		ceph.RBD(),
+		ceph.FS(),
 		mem.Kind(),
 	}
 }

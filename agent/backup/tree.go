@@ -215,7 +215,7 @@ func (g *grower) entry(ctx context.Context, in *unfinished, path string, e adapt
 				g.reused.offer(placed{path, *was})
 			}
 			return *was, nil
-		case !g.walk:
+		case !g.walk && !(e.ButLinks && was.HasLinks()):
 			g.dirsReused.Add(1)
 			g.reused.offer(placed{path, *was})
 			return *was, nil
@@ -370,7 +370,8 @@ func (g *grower) fill(ctx context.Context, d *repository.DirectoryWriter, u *unf
 		if known != nil {
 			was = &known.TreeEntry
 		}
-		if at := join(path, e.Name); strict && (skipped != "" || was == nil || !was.Same(e)) {
+		linked := was != nil && was.Link != 0 && self.ButLinks
+		if at := join(path, e.Name); strict && (skipped != "" || was == nil || !was.Same(e) && !linked) {
 			return made, &distrustError{why: fmt.Sprintf("%q is called unchanged, and %q is not what it was", path, join(path, skipped+e.Name))}
 		} else {
 			s := &slot{done: make(chan struct{})}

@@ -250,6 +250,41 @@ func (t liarTree) Entries(ctx context.Context, dir string) iter.Seq2[adapters.En
 	}
 }
 
+// A backend that does not see, in the directory of one name, what changes in a file of several: where the base has such files,
+// the directory is looked at, and where it has none, it is reused. Also when everything is looked at this is no lie.
+func TestTreeButLinks(t *testing.T) {
+	t.Parallel()
+	g := newGrove(t)
+	g.apply(
+		func(m *adaptertest.TreeModel) error { return m.Mkdir("first", nil) },
+		func(m *adaptertest.TreeModel) error { return m.Mkdir("outer", nil) },
+		func(m *adaptertest.TreeModel) error { return m.Mkdir("outer/second", nil) },
+		func(m *adaptertest.TreeModel) error { return m.Mkdir("third", nil) },
+		func(m *adaptertest.TreeModel) error { return m.Write("first/f", []byte("0"), 0, nil) },
+		func(m *adaptertest.TreeModel) error { return m.Write("third/g", []byte("g"), 0, nil) },
+		func(m *adaptertest.TreeModel) error { return m.Link("first/f", "outer/second/f") },
+	)
+	q := g.request(adapters.SnapshotID{})
+	q.Adapter = liarTrees{g.adapter, func(path string, e *adapters.Entry) {
+		if e.Type == adapters.Directory && path != "" && path != "first" {
+			e.Unchanged, e.ButLinks = true, true
+		}
+	}}
+	for i := range walkEvery + 1 {
+		g.apply(func(m *adaptertest.TreeModel) error { return m.Write("first/f", fmt.Append(nil, i), 0, nil) })
+		var want *adaptertest.TreeModel
+		q.Snapshot, want = g.cutTree()
+		r, err := Run(t.Context(), q)
+		if err != nil || len(r.Warnings) > 0 {
+			t.Fatalf("%+v, %v", r, err)
+		}
+		if x := r.Tree; i > 0 && (x.Walked != (i == walkEvery) || !x.Walked && (x.DirsWalked != 4 || x.DirsReused != 1)) {
+			t.Errorf("%d: %+v", i, x)
+		}
+		mustHold(t, g.repo, r.Backup, want)
+	}
+}
+
 // Whatever a backend calls unchanged and is not, is found out: at once where the description differs, by the audit where
 // only bytes do, by the walk where it is deep down. The backup is then a full one, and right.
 func TestTreeDistrust(t *testing.T) {

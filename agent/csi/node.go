@@ -129,7 +129,14 @@ func (d *node) NodePublishVolume(ctx context.Context, r *csipb.NodePublishVolume
 		return nil, status.Error(codes.FailedPrecondition, "a device cannot be published read-only: a read-only mount of its node does not keep anybody from writing to it")
 	}
 	err = d.turns.take(ctx, p.id.String(), func(ctx context.Context) error {
-		device, err := p.Attach(ctx, p.id)
+		v, err := p.adapter.Volume(ctx, p.id)
+		if err == nil && v.Device == 0 {
+			err = status.Errorf(codes.FailedPrecondition, "the volume %s is not staged", p.id)
+		}
+		if err != nil {
+			return err
+		}
+		device, err := p.Attach(ctx, p.id) // which it is: where
 		if err != nil {
 			return err
 		}

@@ -168,7 +168,7 @@ func (d *controller) ListSnapshots(ctx context.Context, r *csipb.ListSnapshotsRe
 		return nil, err
 	}
 	found, err := d.list(ctx, r.GetSnapshotId(), r.GetSourceVolumeId())
-	if fault.KindOf(err) == fault.NotFound && after == "" {
+	if fault.KindOf(err) == fault.NotFound {
 		return &csipb.ListSnapshotsResponse{}, nil
 	}
 	if err != nil {

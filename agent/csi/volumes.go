@@ -67,6 +67,9 @@ func (d *controller) CreateVolume(ctx context.Context, r *csipb.CreateVolumeRequ
 	if r.GetName() == "" {
 		return nil, missing("name")
 	}
+	if len(r.GetMutableParameters()) > 0 {
+		return nil, status.Error(codes.InvalidArgument, "mutable_parameters: nothing of a volume can be modified")
+	}
 	if err := capable(r.GetVolumeCapabilities()); err != nil {
 		return nil, err
 	}

@@ -68,6 +68,8 @@
 //	target      of a symbolic link, in base64
 //	device      of a device, as stat(2) has st_rdev
 //	link        a number that all names of one file share, of a file that has several
+//	links       of a directory, how many names with a link there are below it; not in what was written before this was
+//	            counted, of adapters that do not need it
 //	seconds     of the time since 1970, where kopia's clock does not reach it; the nanoseconds are in kopia's time
 //	attributes  extended attributes, access control lists among them: names and values in base64
 //

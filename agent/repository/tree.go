@@ -26,6 +26,7 @@ type TreeEntry struct {
 	adapters.Entry
 	object  object.ID
 	summary *fs.DirectorySummary // of a directory
+	links   int64                // of a directory: names below it that have a Link
 }
 
 // Same reports whether two entries describe the same thing, apart from bytes and from what is below a directory. Size
@@ -50,6 +51,9 @@ func (e TreeEntry) Holds(o TreeEntry) bool { return e.object == o.object }
 // Content names what the entry holds: a digest of all of it, in kopia's words its object id. Of a directory it covers all
 // below it.
 func (e TreeEntry) Content() string { return e.object.String() }
+
+// HasLinks reports whether there is a file of several names below a directory.
+func (e TreeEntry) HasLinks() bool { return e.links > 0 }
 
 // Count is what is in a directory and below it, as kopia counts: names of one file each, pipes and devices as files.
 type Count struct{ Entries, Files, Bytes int64 }
@@ -100,6 +104,7 @@ type extra struct {
 	Target     []byte      `json:"target,omitempty"` // of a symbolic link
 	Device     uint64      `json:"device,omitempty"` // as st_rdev has it
 	Link       uint64      `json:"link,omitempty"`
+	Links      int64       `json:"links,omitempty"`   // of a directory: names below it that have a link
 	Seconds    *int64      `json:"seconds,omitempty"` // of the time, where kopia's clock does not reach: before 1678, after 2262
 	Attributes []attribute `json:"attributes,omitempty"`
 }
@@ -161,7 +166,7 @@ func (e *TreeEntry) json() (treeEntry, error) {
 		Name: kopiaName(e.Name), Type: kopiaTypes[e.Type], Permissions: kopiaMode(e.Mode), FileSize: e.Size,
 		ModTime: fs.UTCTimestampFromTime(e.Modified), UserID: e.UID, GroupID: e.GID, ObjectID: e.object, DirSummary: e.summary,
 	}}
-	x := extra{Device: uint64(e.Device), Link: e.Link}
+	x := extra{Device: uint64(e.Device), Link: e.Link, Links: e.links}
 	if j.Name != e.Name {
 		x.Name = []byte(e.Name)
 	}
@@ -178,7 +183,7 @@ func (e *TreeEntry) json() (treeEntry, error) {
 	for _, a := range e.Attributes {
 		x.Attributes = append(x.Attributes, attribute{[]byte(a.Name), a.Value})
 	}
-	if x.Name != nil || x.Type != "" || x.Target != nil || x.Device != 0 || x.Link != 0 || x.Seconds != nil || x.Attributes != nil {
+	if x.Name != nil || x.Type != "" || x.Target != nil || x.Device != 0 || x.Link != 0 || x.Links != 0 || x.Seconds != nil || x.Attributes != nil {
 		j.Extra = &x
 	}
 	return j, nil
@@ -210,7 +215,7 @@ func (j treeEntry) entry() (TreeEntry, error) {
 	if e.Type == adapters.RegularFile {
 		e.Size = j.FileSize
 	}
-	e.Device, e.Link, e.Target = adapters.Device(x.Device), x.Link, string(x.Target)
+	e.Device, e.Link, e.Target, e.links = adapters.Device(x.Device), x.Link, string(x.Target), x.Links
 	if x.Seconds != nil {
 		e.Modified = time.Unix(*x.Seconds, int64(j.ModTime)).UTC()
 	}

@@ -19,6 +19,7 @@ type DirectoryWriter struct {
 	last    TreeEntry
 	count   int
 	summary fs.DirectorySummary
+	links   int64
 }
 
 // NewDirectory begins a directory.
@@ -43,6 +44,9 @@ func (d *DirectoryWriter) Add(ctx context.Context, e TreeEntry) error {
 	d.out.buf = append(d.out.buf, text...)
 	d.last = e
 	addSummary(&d.summary, e)
+	if d.links += e.links; e.Link != 0 {
+		d.links++
+	}
 	if len(d.out.buf) < objectPiece {
 		return nil
 	}
@@ -51,7 +55,7 @@ func (d *DirectoryWriter) Add(ctx context.Context, e TreeEntry) error {
 
 // Finish stores the directory, and gives it as an entry that is described by self.
 func (d *DirectoryWriter) Finish(ctx context.Context, self adapters.Entry) (TreeEntry, error) {
-	e := TreeEntry{Entry: self, summary: &d.summary}
+	e := TreeEntry{Entry: self, summary: &d.summary, links: d.links}
 	d.summary.TotalDirCount++
 	if d.count == 0 {
 		d.summary.MaxModTime = fs.UTCTimestampFromTime(self.Modified)
@@ -94,7 +98,7 @@ func (i ImageID) Holding(e adapters.Entry) TreeEntry { return TreeEntry{Entry: e
 
 // As gives an entry that is described by another one and holds the same bytes.
 func (e TreeEntry) As(o adapters.Entry) TreeEntry {
-	return TreeEntry{Entry: o, object: e.object, summary: e.summary}
+	return TreeEntry{Entry: o, object: e.object, summary: e.summary, links: e.links}
 }
 
 // WriteText stores what an entry holds that has no bytes of its own: a link's target for kopia, nothing for a device.

@@ -348,7 +348,15 @@ func agentKilledAndStopped(t *testing.T, bin string) {
 	}
 	raw := pod{agent: b, volume: s.create(t, b, "pvc-raw", 64<<20, nil), staged: filepath.Join(s.Dir, "staged-raw"), target: filepath.Join(s.Dir, "target-raw")}
 	raw.use = &csipb.VolumeCapability{AccessMode: one.use.GetAccessMode(), AccessType: &csipb.VolumeCapability_Block{Block: &csipb.VolumeCapability_BlockVolume{}}}
+	early := &csipb.NodePublishVolumeRequest{VolumeId: raw.volume, StagingTargetPath: raw.staged, TargetPath: raw.target, VolumeCapability: raw.use}
+	if _, err := b.NodePublishVolume(t.Context(), early); status.Code(err) != codes.FailedPrecondition {
+		t.Errorf("published before it was staged: %v", err)
+	}
 	raw.start(t)
+	early.Readonly = true
+	if _, err := b.NodePublishVolume(t.Context(), early); status.Code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), "read-only") {
+		t.Errorf("a device published read-only: %v", err)
+	}
 	if _, err := b.CreateSnapshot(t.Context(), &csipb.CreateSnapshotRequest{Name: "s", SourceVolumeId: raw.volume}); status.Code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), "snap.stillpoint.io/allow-crash-consistent") {
 		t.Errorf("a raw device that nobody can stop: %v", err)
 	}

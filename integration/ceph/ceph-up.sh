@@ -132,6 +132,7 @@ mds data = $DIR/mds
 mds cache memory limit = 268435456
 mds beacon interval = 1
 mds tick interval = 0.5   # default 5 s: unmount, clone and subvolume rm wait for it
+mds scatter nudge interval = 0.5   # default 5 s: so long a recursive time may take to the directory above
 
 [client.rgw.a]
 rgw data = $DIR/rgw
@@ -196,6 +197,7 @@ again() {
 healthy() { timeout 20 ceph health 2>/dev/null | grep -q HEALTH_OK; }
 osdactive() { timeout 20 ceph --admin-daemon "$DIR"/run/osd.0.*.asok status | grep -q '"state": "active"'; }
 mdsup() { timeout 20 ceph mds stat 2>/dev/null | grep -q 'up:active'; }
+volumesup() { timeout 20 ceph fs volume ls; }
 rgwup() { (exec 3<>"/dev/tcp/127.0.0.1/$RGW_PORT") 2>/dev/null; }
 
 case $CMD in
@@ -203,6 +205,7 @@ start)
     trap 'rc=$?; [ $rc = 0 ] || { tail -n 4 "$DIR"/log/*.log >&2; signal KILL client.rgw.a mds.a osd.0 mgr.x mon.a; say "start failed ($rc), daemons killed" >&2; }' EXIT
     if [ -e "$DIR/made" ]; then again; else fresh; fi
     [ "$MDS" != 1 ] || wait_for 60 "mds active" mdsup
+    [ "$MDS" != 1 ] || wait_for 60 "volumes module" volumesup
     [ "$RGW" != 1 ] || wait_for 60 "rgw listening" rgwup
     wait_for 90 "HEALTH_OK" healthy || { ceph health detail; exit 1; }
     ;;

@@ -132,6 +132,12 @@ func (c *Cluster) Down(ctx context.Context) error { return c.run(ctx, "stop") }
 // the lease (Options).
 func (c *Cluster) PauseOSD() error { return c.signalOSD(syscall.SIGSTOP) }
 
+// PauseMDS stops the metadata server where it is (SIGSTOP): calls to it hang. ResumeMDS lets it go on.
+func (c *Cluster) PauseMDS() error { return c.signal("mds.a", syscall.SIGSTOP) }
+
+// ResumeMDS lets a paused metadata server go on.
+func (c *Cluster) ResumeMDS() error { return c.signal("mds.a", syscall.SIGCONT) }
+
 // ResumeOSD lets a paused OSD go on.
 func (c *Cluster) ResumeOSD() error { return c.signalOSD(syscall.SIGCONT) }
 
@@ -141,9 +147,11 @@ func (c *Cluster) KillOSD() error { return c.signalOSD(syscall.SIGKILL) }
 // StartOSD starts the OSD anew after KillOSD.
 func (c *Cluster) StartOSD(ctx context.Context) error { return c.run(ctx, "osd") }
 
-// signalOSD sends a signal to the OSD. A stop and a kill are waited for: each thread has to come to them.
-func (c *Cluster) signalOSD(s syscall.Signal) error {
-	text, err := os.ReadFile(filepath.Join(c.dir, "run", "osd.0.pid"))
+func (c *Cluster) signalOSD(s syscall.Signal) error { return c.signal("osd.0", s) }
+
+// signal sends a signal to a daemon. A stop and a kill are waited for: each thread has to come to them.
+func (c *Cluster) signal(daemon string, s syscall.Signal) error {
+	text, err := os.ReadFile(filepath.Join(c.dir, "run", daemon+".pid"))
 	if err != nil {
 		return err
 	}
@@ -158,7 +166,7 @@ func (c *Cluster) signalOSD(s syscall.Signal) error {
 	defer unix.Close(fd)
 	// The number may be another process's by now: what counts is whose the descriptor is.
 	if line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); err != nil || !strings.Contains(string(line), c.Conf) {
-		return fmt.Errorf("process %d is not the OSD of %s", pid, c.dir)
+		return fmt.Errorf("process %d is not %s of %s", pid, daemon, c.dir)
 	}
 	if err := unix.PidfdSendSignal(fd, s, nil, 0); err != nil {
 		return err
@@ -188,6 +196,13 @@ func (c *Cluster) UserWith(ctx context.Context, name string, capabilities ...str
 		return "", fmt.Errorf("making the user %s: %w: %s", name, err, stderr.Bytes())
 	}
 	return strings.TrimSpace(string(out)), nil
+}
+
+// FilesUser makes a cephx user that may read, write and snapshot the filesystem, make and remove subvolumes, and keep records
+// beside it in the namespace stillpoint, and returns its key.
+func (c *Cluster) FilesUser(ctx context.Context, name string) (key string, err error) {
+	return c.UserWith(ctx, name, "mon", "allow r fsname=cephfs", "mds", "allow rws fsname=cephfs", "mgr", "allow module volumes rw",
+		"osd", "allow rw tag cephfs data=cephfs, allow rwx pool=cephfs_metadata namespace=stillpoint")
 }
 
 // Close kills the daemons and removes everything.
