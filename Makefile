@@ -44,7 +44,7 @@ QUICK       := testing
 BACKEND     := reflink
 
 # Tests are run without a vet of their own (-vet=off): lint has had the whole of it.
-.PHONY: build ceph demo check lint lint-ceph test soak versitygw bench clean
+.PHONY: build ceph demo check lint lint-ceph test soak versitygw kubernetes bench clean
 
 build:
 	@./packages.sh
@@ -74,7 +74,7 @@ lint-ceph:
 	go vet -tags $(CEPH_TAGS) $(WITH_CEPH)
 	go run $(STATICCHECK) -tags $(CEPH_TAGS) $(WITH_CEPH)
 
-test: lint lint-ceph versitygw
+test: lint lint-ceph versitygw kubernetes
 	@./packages.sh $(FILESYSTEMS) $(CEPH) $(THIN) $(GUEST)
 	@go run ./integration/vm/fetch uml-newer
 	go test -vet=off $(RACE) -tags $(CEPH_TAGS),$(QUICK) -timeout 40m $(LONGEST) ./...
@@ -88,6 +88,11 @@ soak:
 versitygw:
 	@echo "building versitygw, if it is not in the build cache yet"
 	@go -C integration/versitygw tool -n versitygw >/dev/null
+
+# The Kubernetes for tests, the snapshot controller and the CSI sidecars: built once, in five minutes on two idle cores, and
+# kept in the user's cache.
+kubernetes:
+	@go run ./integration/kubernetes/build
 
 bench: build
 	@./packages.sh $(FILESYSTEMS) $(PEERS) $(THIN) $(CEPH) $(CEPH_BUILD)

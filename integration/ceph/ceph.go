@@ -174,35 +174,12 @@ func (c *Cluster) signal(daemon string, s syscall.Signal) error {
 	}
 	switch s {
 	case syscall.SIGSTOP:
-		return stopped(pid)
+		return peer.Stopped(pid)
 	case syscall.SIGCONT:
 		return nil
 	}
 	_, err = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(10*time.Second/time.Millisecond))
 	return err
-}
-
-// stopped waits until all threads of a process are.
-func stopped(pid int) error {
-	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
-		threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
-		if err != nil {
-			return err
-		}
-		still := len(threads) > 0
-		for _, t := range threads {
-			text, err := os.ReadFile(t)
-			if err != nil {
-				continue // ended
-			}
-			_, rest, _ := strings.Cut(string(text), ") ")
-			still = still && strings.HasPrefix(rest, "T")
-		}
-		if still {
-			return nil
-		}
-	}
-	return fmt.Errorf("process %d does not stop", pid)
 }
 
 // User makes a cephx user with the capabilities that Ceph's profile for RBD gives, and returns its key.

@@ -10,7 +10,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"syscall"
+	"time"
 )
 
 // Guard is a shell that outlives the test program to clean up after it.
@@ -53,6 +55,29 @@ wait "$server" 2>/dev/null
 rm -rf -- "$dir"`
 	args := append([]string{dir, fmt.Sprint(len(env))}, env...)
 	return NewGuard(script, append(args, command...)...)
+}
+
+// Stopped waits until a process that was sent SIGSTOP has: each of its threads has to come to it.
+func Stopped(pid int) error {
+	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
+		if err != nil {
+			return err
+		}
+		still := len(threads) > 0
+		for _, t := range threads {
+			text, err := os.ReadFile(t)
+			if err != nil {
+				continue // ended
+			}
+			_, rest, _ := strings.Cut(string(text), ") ")
+			still = still && strings.HasPrefix(rest, "T")
+		}
+		if still {
+			return nil
+		}
+	}
+	return fmt.Errorf("process %d does not stop", pid)
 }
 
 // Ports finds n free ports of the loopback device in a row and returns the first. They are below those that the kernel
