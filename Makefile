@@ -67,7 +67,7 @@ lint:
 	@./packages.sh $(COMPILER)
 	@unformatted=$$(gofmt -l .); [ -z "$$unformatted" ] || { echo "gofmt differs in: $$unformatted"; exit 1; }
 	go vet ./...
-	go run $(STATICCHECK) ./...
+	go run $(STATICCHECK) $$(go list ./... | grep -v /adapters/ceph$$) # what only a build with Ceph uses is lint-ceph's
 
 lint-ceph:
 	@./packages.sh $(CEPH_BUILD)
