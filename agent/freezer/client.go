@@ -214,16 +214,18 @@ func newClient(ctx context.Context, fd int, ch *child) (*Client, error) {
 	err = nil
 	select {
 	case m := <-hello:
-		switch {
-		case m.Error != nil:
-			err = m.Error
-		case m.Protocol != protocol:
-			err = errorf(Unavailable, "", "the freezer speaks protocol %d, this program %d: they must be of one version", m.Protocol, protocol)
-		}
+		err = m.refusal()
 	case <-exited:
 		err = errorf(Unavailable, "", "the freezer did not start: %s", ch.words())
 	case <-c.ended:
-		err = errorf(Unavailable, "", "the freezer closed the connection")
+		select {
+		case m := <-hello: // it said why before it closed
+			err = m.refusal()
+		default:
+		}
+		if err == nil {
+			err = errorf(Unavailable, "", "the freezer closed the connection")
+		}
 		if ch != nil {
 			ch.wait(answer)
 			err = errorf(Unavailable, "", "the freezer did not start: %s", ch.words())
@@ -238,6 +240,17 @@ func newClient(ctx context.Context, fd int, ch *child) (*Client, error) {
 		return nil, err
 	}
 	return c, nil
+}
+
+// refusal is why a freezer that greets with m cannot be used, nil if it can.
+func (m message) refusal() error {
+	switch {
+	case m.Error != nil:
+		return m.Error
+	case m.Protocol != protocol:
+		return errorf(Unavailable, "", "the freezer speaks protocol %d, this program %d: they must be of one version", m.Protocol, protocol)
+	}
+	return nil
 }
 
 // read delivers replies until the connection ends.
