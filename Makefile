@@ -26,7 +26,8 @@ STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 VERSION     := $(shell git describe --always --dirty 2>/dev/null || echo development)
 LDFLAGS     := -s -w -X main.version=$(VERSION)
 
-# Packages whose tests run in a guest (package integration/vm), and once more with its newer kernel.
+# Packages whose tests run in a guest (package integration/vm), and once more with its newer kernel: the kernels freeze
+# differently, which csi-sanity, the longest of them, does not see.
 IN_GUESTS   := ./integration/vm ./integration/thin ./adapters/lvmthin
 
 # The packages whose tests take longest. They begin first, so that none of them is alone at the end.
@@ -78,7 +79,7 @@ test: lint lint-ceph versitygw kubernetes
 	@./packages.sh $(FILESYSTEMS) $(CEPH) $(THIN) $(GUEST)
 	@go run ./integration/vm/fetch uml-newer
 	go test -vet=off $(RACE) -tags $(CEPH_TAGS),$(QUICK) -timeout 40m $(LONGEST) ./...
-	STILLPOINT_VM=uml-newer go test -vet=off $(RACE) -tags $(QUICK) -timeout 40m $(IN_GUESTS)
+	STILLPOINT_VM=uml-newer go test -vet=off -tags $(QUICK) -skip '^TestSanity$$' -timeout 40m $(IN_GUESTS)
 
 soak:
 	@./packages.sh $(COMPILER) $(FILESYSTEMS)
