@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"strconv"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -23,6 +24,23 @@ type settings struct {
 	key                                    adapters.Secret
 	keyed                                  bool
 	timeout                                time.Duration
+}
+
+// readSettings reads the parameters of connectionKeys. Its error, Invalid, comes after those that p has of its own.
+func readSettings(p *adapters.Params, backend string) (settings, error) {
+	s := settings{
+		backend:  backend,
+		conf:     p.String("conf", ""),
+		monitors: p.String("monitors", ""),
+		user:     strings.TrimPrefix(p.String("user", "admin"), "client."),
+		keyring:  p.String("keyring", ""),
+		timeout:  p.Duration("timeout", 30*time.Second),
+	}
+	s.key, s.keyed = p.Secret("key")
+	if s.timeout < time.Second {
+		return s, fault.Errorf(fault.Invalid, "backend %s: timeout: %v is less than 1s", backend, s.timeout)
+	}
+	return s, nil
 }
 
 // requestsPerCall is how many requests, one after the other, a call may make that each take the whole time-out.

@@ -34,21 +34,13 @@ func openFS(_ context.Context, c adapters.Config) (adapters.Adapter, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := settings{
-		backend:  c.Name,
-		conf:     p.String("conf", ""),
-		monitors: p.String("monitors", ""),
-		user:     strings.TrimPrefix(p.String("user", "admin"), "client."),
-		keyring:  p.String("keyring", ""),
-		timeout:  p.Duration("timeout", 30*time.Second),
-	}
-	s.key, s.keyed = p.Secret("key")
+	s, wrong := readSettings(p, c.Name)
 	fs, lag := p.String("fs", ""), p.Duration("lag", time.Minute)
 	switch err := p.Err(); {
 	case err != nil:
 		return nil, err
-	case s.timeout < time.Second:
-		return nil, fault.Errorf(fault.Invalid, "backend %s: timeout: %v is less than 1s", c.Name, s.timeout)
+	case wrong != nil:
+		return nil, wrong
 	case lag < 0:
 		return nil, fault.Errorf(fault.Invalid, "backend %s: lag: %v is negative", c.Name, lag)
 	case strings.ContainsAny(fs, "/:@"):

@@ -54,23 +54,15 @@ func openRBD(_ context.Context, c adapters.Config) (adapters.Adapter, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := settings{
-		backend:  c.Name,
-		conf:     p.String("conf", ""),
-		monitors: p.String("monitors", ""),
-		user:     strings.TrimPrefix(p.String("user", "admin"), "client."),
-		keyring:  p.String("keyring", ""),
-		timeout:  p.Duration("timeout", 30*time.Second),
-	}
-	s.key, s.keyed = p.Secret("key")
+	s, wrong := readSettings(p, c.Name)
 	pool, diff := p.String("pool", ""), p.String("diff", "auto")
 	nbd := p.Bool("nbd", false)
 	fuse, fuseErr := parseFuse(p.String("fuse", ""))
 	switch err := p.Err(); {
 	case err != nil:
 		return nil, err
-	case s.timeout < time.Second:
-		return nil, fault.Errorf(fault.Invalid, "backend %s: timeout: %v is less than 1s", c.Name, s.timeout)
+	case wrong != nil:
+		return nil, wrong
 	case diff != "auto" && diff != "exact":
 		return nil, fault.Errorf(fault.Invalid, "backend %s: diff: %q is neither auto nor exact", c.Name, diff)
 	case strings.ContainsAny(pool, "/@"):
