@@ -310,9 +310,20 @@ func TestGuestGateWaitsForOrphans(t *testing.T) {
 		go func() { _, err := patient.Gate(t.Context(), []adapters.VolumeID{id}); passed <- err }()
 		must(t, syscall.Kill(pid, syscall.SIGCONT))
 		must(t, <-passed)
-		s, err := hasty.Snapshot(t.Context(), adapters.SnapshotID{Volume: id, Name: name})
-		must(t, err) // it is there: it does not come later
-		must(t, a.DeleteSnapshot(t.Context(), s.ID))
+		// What is there now is all that there will be: the snapshot, or none, if Gate's own look at the group had its
+		// lock when lvcreate wanted it.
+		late := adapters.SnapshotID{Volume: id, Name: name}
+		_, now := hasty.Snapshot(t.Context(), late)
+		waitUntil(t, "lvcreate is over", func() bool { return syscall.Kill(pid, 0) != nil })
+		s, later := hasty.Snapshot(t.Context(), late)
+		if (now == nil) != (later == nil) {
+			t.Errorf("%s: when Gate had returned: %v; when the program was over: %v", name, now, later)
+		}
+		if later == nil {
+			must(t, a.DeleteSnapshot(t.Context(), s.ID))
+		} else {
+			want(t, name, later, fault.NotFound)
+		}
 	}
 }
 
