@@ -8,12 +8,13 @@ import (
 	"strings"
 
 	"stillpoint.io/stillpoint/adapters"
+	"stillpoint.io/stillpoint/agent/kube/class"
 	"stillpoint.io/stillpoint/fault"
 )
 
-// Backend is an opened backend, and the name of the adapter that it is of.
+// Backend is an opened backend, and the adapter that it is of.
 type Backend struct {
-	Kind    string
+	Kind    adapters.Kind
 	Adapter adapters.Adapter
 }
 
@@ -35,14 +36,14 @@ func (b Backends) find(name string) (adapters.Adapter, error) {
 
 // choose is the backend that a class means. It may name the backend, or only its adapter where there is one backend of it, or
 // neither where there is one at all that will do. Invalid otherwise.
-func (b Backends) choose(c class, will func(adapters.Adapter) bool, what string) (string, adapters.Adapter, error) {
+func (b Backends) choose(c class.Class, will func(adapters.Adapter) bool, what string) (string, adapters.Adapter, error) {
 	if c.Backend != "" {
 		found, ok := b[c.Backend]
 		switch {
 		case !ok:
-			return "", nil, fault.Errorf(fault.Invalid, "%s: there is no backend %q%s", keyBackend, c.Backend, hint(c.Backend, b.names()))
-		case c.Adapter != "" && c.Adapter != found.Kind:
-			return "", nil, fault.Errorf(fault.Invalid, "the backend %q is of the adapter %q, and %s says %q", c.Backend, found.Kind, keyAdapter, c.Adapter)
+			return "", nil, fault.Errorf(fault.Invalid, "%s: there is no backend %q%s", class.BackendKey, c.Backend, class.Meant(c.Backend, b.names()))
+		case c.Adapter != "" && c.Adapter != found.Kind.Name:
+			return "", nil, fault.Errorf(fault.Invalid, "the backend %q is of the adapter %q, and %s says %q", c.Backend, found.Kind.Name, class.AdapterKey, c.Adapter)
 		case !will(found.Adapter):
 			return "", nil, fault.Errorf(fault.Unsupported, "the backend %q %s", c.Backend, what)
 		}
@@ -50,8 +51,8 @@ func (b Backends) choose(c class, will func(adapters.Adapter) bool, what string)
 	}
 	var fit, kinds []string
 	for _, name := range b.names() {
-		kinds = append(kinds, b[name].Kind)
-		if (c.Adapter == "" || c.Adapter == b[name].Kind) && will(b[name].Adapter) {
+		kinds = append(kinds, b[name].Kind.Name)
+		if (c.Adapter == "" || c.Adapter == b[name].Kind.Name) && will(b[name].Adapter) {
 			fit = append(fit, name)
 		}
 	}
@@ -59,20 +60,20 @@ func (b Backends) choose(c class, will func(adapters.Adapter) bool, what string)
 	case len(fit) == 1:
 		return fit[0], b[fit[0]].Adapter, nil
 	case len(fit) > 1:
-		return "", nil, fault.Errorf(fault.Invalid, "%d backends would do: say which one with %s: %s", len(fit), keyBackend, strings.Join(fit, ", "))
+		return "", nil, fault.Errorf(fault.Invalid, "%d backends would do: say which one with %s: %s", len(fit), class.BackendKey, strings.Join(fit, ", "))
 	case c.Adapter != "" && !slices.Contains(kinds, c.Adapter):
-		return "", nil, fault.Errorf(fault.Invalid, "%s: no backend of the adapter %q is configured here%s", keyAdapter, c.Adapter, hint(c.Adapter, kinds))
+		return "", nil, fault.Errorf(fault.Invalid, "%s: no backend of the adapter %q is configured here%s", class.AdapterKey, c.Adapter, class.Meant(c.Adapter, kinds))
 	}
 	return "", nil, fault.Errorf(fault.Unsupported, "no backend will do: each %s", what)
 }
 
 // fits checks that a volume is of the backend and adapter that a class names.
-func (b Backends) fits(c class, id adapters.VolumeID) error {
-	switch kind := b[id.Backend].Kind; {
+func (b Backends) fits(c class.Class, id adapters.VolumeID) error {
+	switch kind := b[id.Backend].Kind.Name; {
 	case c.Backend != "" && c.Backend != id.Backend:
 		return fault.Errorf(fault.Invalid, "the class is for the backend %q, and the volume %s is not on it", c.Backend, id)
 	case c.Adapter != "" && c.Adapter != kind:
-		return fault.Errorf(fault.Invalid, "the class is for the adapter %q, and the volume %s is of the adapter %q%s", c.Adapter, id, kind, hint(c.Adapter, []string{kind}))
+		return fault.Errorf(fault.Invalid, "the class is for the adapter %q, and the volume %s is of the adapter %q%s", c.Adapter, id, kind, class.Meant(c.Adapter, []string{kind}))
 	}
 	return nil
 }

@@ -13,6 +13,7 @@ import (
 
 	"stillpoint.io/stillpoint/adapters"
 	"stillpoint.io/stillpoint/agent/cut"
+	"stillpoint.io/stillpoint/agent/kube/class"
 	"stillpoint.io/stillpoint/fault"
 )
 
@@ -55,11 +56,14 @@ func (d *group) CreateVolumeGroupSnapshot(ctx context.Context, r *csipb.CreateVo
 	case len(slices.Compact(handles)) < len(r.GetSourceVolumeIds()):
 		return nil, status.Error(codes.InvalidArgument, "source_volume_ids names a volume twice")
 	}
-	c, err := parseClass(r.GetParameters(), groupKeys)
+	c, err := class.Parse(class.Groups, r.GetParameters())
 	if err != nil {
 		return nil, err
 	}
-	made, err := d.cut(ctx, c, r.GetName(), r.GetSourceVolumeIds())
+	if c.Backup != nil {
+		return nil, fault.Errorf(fault.Unsupported, "the class wants backups, and this agent makes none")
+	}
+	made, err := d.cut(ctx, SourceQuery{Own: true, Name: r.GetName(), Class: c, Parameters: r.GetParameters()}, r.GetSourceVolumeIds())
 	if err != nil {
 		return nil, err
 	}

@@ -4,11 +4,12 @@ import (
 	"context"
 
 	"stillpoint.io/stillpoint/adapters"
+	"stillpoint.io/stillpoint/agent/kube/class"
 	"stillpoint.io/stillpoint/fault"
 )
 
 // Lookup knows what only the orchestrator does: whose volume a handle is, and who may see what. Standalone is the one for a
-// driver all of whose volumes are of its own backends.
+// driver all of whose volumes are of its own backends, Kubernetes the one for a cluster.
 type Lookup interface {
 	// Source finds the volume that is to be snapshotted. NotFound if the orchestrator knows no such volume, Invalid if what
 	// it knows contradicts the request.
@@ -17,17 +18,20 @@ type Lookup interface {
 	// VolumeHandle is the orchestrator's handle of a snapshot's volume: what a response gives as its source.
 	VolumeHandle(ctx context.Context, s adapters.Snapshot) (string, error)
 
-	// Related says that whoever may read one of the snapshots may read the other: they are of one namespace. NotFound if
-	// not, without a word more.
+	// Related says that whoever may read the snapshot target, which is all that was asked when the call came, may read base
+	// too. NotFound if not, without a word more.
 	Related(ctx context.Context, base, target string) error
 }
 
-// SourceQuery is what a request says of a volume: the orchestrator's handle, the name of the snapshot or group that is
-// wanted, and what a sidecar added (the keys csi.storage.k8s.io/…).
+// SourceQuery is what a request says of a volume.
 type SourceQuery struct {
-	Handle  string
-	Name    string
-	Sidecar map[string]string
+	Handle string // the orchestrator's handle of the volume
+	// Own says that only a volume of this driver itself can be meant: it is cloned, its snapshots are listed, or it is of
+	// a group, in which the snapshot controller takes no others.
+	Own        bool
+	Name       string            // of the snapshot or the group that is wanted
+	Class      class.Class       // how it is wanted
+	Parameters map[string]string // the request's, with what a sidecar added
 }
 
 // Source is a volume that was looked up.

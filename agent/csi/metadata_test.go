@@ -19,6 +19,7 @@ import (
 	"stillpoint.io/stillpoint/adapters"
 	"stillpoint.io/stillpoint/adapters/mem"
 	"stillpoint.io/stillpoint/agent/csi"
+	"stillpoint.io/stillpoint/agent/kube/class"
 	"stillpoint.io/stillpoint/fault"
 	integration "stillpoint.io/stillpoint/integration/csi"
 )
@@ -32,7 +33,7 @@ type world struct {
 	csipb.SnapshotMetadataClient
 }
 
-var crash = map[string]string{csi.Prefix + "allow-crash-consistent": "true"}
+var crash = map[string]string{class.CrashKey: "true"}
 
 func newWorld(t *testing.T, change func(*world)) *world {
 	t.Helper()
@@ -44,7 +45,7 @@ func newWorld(t *testing.T, change func(*world)) *world {
 		}
 	})
 	dir := t.TempDir()
-	w.config = csi.Config{Backends: csi.Backends{"mem": {Kind: "mem", Adapter: a}}, Cut: integration.Node(t, freezerProgram)}
+	w.config = csi.Config{Backends: csi.Backends{"mem": {Kind: adapters.Kind{Name: "mem"}, Adapter: a}}, Cut: integration.Node(t, freezerProgram)}
 	if change != nil {
 		change(w)
 	}

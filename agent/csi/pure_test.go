@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"stillpoint.io/stillpoint/adapters"
+	"stillpoint.io/stillpoint/agent/kube/class"
 	"stillpoint.io/stillpoint/fault"
 )
 
@@ -49,55 +50,29 @@ func TestCodes(t *testing.T) {
 	}
 }
 
-func TestClassParameters(t *testing.T) {
-	c, err := parseClass(map[string]string{
-		keyAdapter: "reflink", keyBackend: "files", keyFreeze: "500ms", keyCrash: "true",
-		"csi.storage.k8s.io/volumesnapshot/name": "s1",
-	}, snapshotKeys)
-	if err != nil || c.Adapter != "reflink" || c.Backend != "files" || c.MaxFreeze != 500*time.Millisecond || !c.AllowCrash || c.Sidecar["csi.storage.k8s.io/volumesnapshot/name"] != "s1" {
-		t.Errorf("%+v, %v", c, err)
-	}
-	for key, says := range map[string]string{
-		Prefix + "adaptor":     `did you mean "snap.stillpoint.io/adapter"`,
-		"backend":              `did you mean "snap.stillpoint.io/backend"`,
-		"pool":                 "there is snap.stillpoint.io/adapter",
-		keySeparate:            "there is no parameter", // only groups have it
-		Prefix + "max-freezes": `did you mean "snap.stillpoint.io/max-freeze"`,
-	} {
-		if _, err := parseClass(map[string]string{key: "x"}, snapshotKeys); !errors.Is(err, fault.Invalid) || !strings.Contains(err.Error(), says) {
-			t.Errorf("%s: %v, want %q", key, err, says)
-		}
-	}
-	for key, value := range map[string]string{keyFreeze: "2m", keyCrash: "perhaps"} {
-		if _, err := parseClass(map[string]string{key: value}, snapshotKeys); !errors.Is(err, fault.Invalid) || !strings.Contains(err.Error(), value) {
-			t.Errorf("%s=%s: %v", key, value, err)
-		}
-	}
-}
-
 func TestChooseBackend(t *testing.T) {
-	b := Backends{"a": {Kind: "mem"}, "b": {Kind: "reflink"}, "c": {Kind: "reflink"}}
+	b := Backends{"a": {Kind: adapters.Kind{Name: "mem"}}, "b": {Kind: adapters.Kind{Name: "reflink"}}, "c": {Kind: adapters.Kind{Name: "reflink"}}}
 	all := func(adapters.Adapter) bool { return true }
 	for _, c := range []struct {
-		class class
+		class class.Class
 		want  string
 		says  string
 	}{
-		{class{Adapter: "mem"}, "a", ""},
-		{class{Backend: "c"}, "c", ""},
-		{class{Backend: "c", Adapter: "reflink"}, "c", ""},
-		{class{Backend: "c", Adapter: "mem"}, "", `is of the adapter "reflink"`},
-		{class{Backend: "d"}, "", "there is no backend"},
-		{class{Adapter: "reflink"}, "", "b, c"},
-		{class{Adapter: "relfink"}, "", `did you mean "reflink"`},
-		{class{}, "", "3 backends"},
+		{class.Class{Adapter: "mem"}, "a", ""},
+		{class.Class{Backend: "c"}, "c", ""},
+		{class.Class{Backend: "c", Adapter: "reflink"}, "c", ""},
+		{class.Class{Backend: "c", Adapter: "mem"}, "", `is of the adapter "reflink"`},
+		{class.Class{Backend: "d"}, "", "there is no backend"},
+		{class.Class{Adapter: "reflink"}, "", "b, c"},
+		{class.Class{Adapter: "relfink"}, "", `did you mean "reflink"`},
+		{class.Class{}, "", "3 backends"},
 	} {
 		got, _, err := b.choose(c.class, all, "can")
 		if got != c.want || (err == nil) != (c.says == "") || err != nil && (!strings.Contains(err.Error(), c.says) || !errors.Is(err, fault.Invalid)) {
 			t.Errorf("%+v: %q, %v", c.class, got, err)
 		}
 	}
-	if _, _, err := b.choose(class{}, func(adapters.Adapter) bool { return false }, "cannot"); !errors.Is(err, fault.Unsupported) {
+	if _, _, err := b.choose(class.Class{}, func(adapters.Adapter) bool { return false }, "cannot"); !errors.Is(err, fault.Unsupported) {
 		t.Error(err)
 	}
 }

@@ -38,10 +38,12 @@ import (
 	"google.golang.org/grpc/status"
 
 	"stillpoint.io/stillpoint/agent/cut"
+	"stillpoint.io/stillpoint/agent/kube"
+	"stillpoint.io/stillpoint/agent/kube/class"
 )
 
 // DriverName is the name of the CSI driver.
-const DriverName = "snap.stillpoint.io"
+const DriverName = class.Driver
 
 // Config is what a driver needs. Backends, Cut and Node are required.
 type Config struct {
@@ -51,6 +53,8 @@ type Config struct {
 
 	Backends Backends
 	Lookup   Lookup // default Standalone
+	// Tell tells people what happens to a VolumeSnapshot; default nobody. It does not wait.
+	Tell func(class.Origin, kube.Event)
 	// Cut is the machine that cuts are made on.
 	Cut cut.Node
 	// Ready says why the driver cannot work now; nil if it can.
@@ -87,6 +91,9 @@ func New(c Config) (*Driver, error) {
 	}
 	if c.Log == nil {
 		c.Log = slog.Default()
+	}
+	if c.Tell == nil {
+		c.Tell = func(class.Origin, kube.Event) {}
 	}
 	if c.Ready == nil {
 		c.Ready = func(context.Context) error { return nil }
@@ -223,8 +230,8 @@ func subject(request any) (all []slog.Attr) {
 		say("snapshot", r.GetTargetSnapshotId())
 	}
 	if r, ok := request.(interface{ GetParameters() map[string]string }); ok {
-		say("snapshot_name", r.GetParameters()[sidecarPrefix+"volumesnapshot/name"])
-		say("namespace", r.GetParameters()[sidecarPrefix+"volumesnapshot/namespace"])
+		say("snapshot_name", r.GetParameters()[class.NameKey])
+		say("namespace", r.GetParameters()[class.NamespaceKey])
 	}
 	return all
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	csipb "github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc/codes"
@@ -15,6 +16,8 @@ import (
 
 	"stillpoint.io/stillpoint/adapters"
 	"stillpoint.io/stillpoint/agent/cut"
+	"stillpoint.io/stillpoint/agent/kube"
+	"stillpoint.io/stillpoint/agent/kube/class"
 	"stillpoint.io/stillpoint/fault"
 )
 
@@ -26,12 +29,17 @@ func (d *controller) CreateSnapshot(ctx context.Context, r *csipb.CreateSnapshot
 	case r.GetSourceVolumeId() == "":
 		return nil, missing("source_volume_id")
 	}
-	c, err := parseClass(r.GetParameters(), snapshotKeys)
+	c, err := class.Parse(class.Snapshots, r.GetParameters())
 	if err != nil {
 		return nil, err
 	}
-	made, err := d.cut(ctx, c, r.GetName(), []string{r.GetSourceVolumeId()})
+	if c.Backup != nil {
+		return nil, fault.Errorf(fault.Unsupported, "the class wants backups, and this agent makes none")
+	}
+	q := SourceQuery{Name: r.GetName(), Class: c, Parameters: r.GetParameters()}
+	made, err := d.cut(ctx, q, []string{r.GetSourceVolumeId()})
 	if err != nil {
+		d.tell(q, kube.Failed("Cutting the volume", err))
 		return nil, err
 	}
 	s := describe(made[0], r.GetSourceVolumeId(), "")
@@ -39,11 +47,13 @@ func (d *controller) CreateSnapshot(ctx context.Context, r *csipb.CreateSnapshot
 }
 
 // cut looks the volumes up and cuts them, or finds the cut of that name. The snapshots are in the order of the handles.
-func (d *Driver) cut(ctx context.Context, c class, name string, handles []string) ([]adapters.Snapshot, error) {
-	request := cut.Request{Name: name, MaxFreeze: c.MaxFreeze, AllowCrashConsistent: c.AllowCrash, AllowSeparateInstants: c.AllowSeparate}
+func (d *Driver) cut(ctx context.Context, q SourceQuery, handles []string) ([]adapters.Snapshot, error) {
+	c, name := q.Class, q.Name
+	request := cut.Request{Name: name, MaxFreeze: c.Cut.MaxFreeze, AllowCrashConsistent: c.Cut.AllowCrash, AllowSeparateInstants: c.Cut.AllowSeparate}
 	ids := make([]adapters.SnapshotID, len(handles))
 	for i, handle := range handles {
-		from, err := d.Lookup.Source(ctx, SourceQuery{Handle: handle, Name: name, Sidecar: c.Sidecar})
+		q.Handle = handle
+		from, err := d.Lookup.Source(ctx, q)
 		if err != nil {
 			return nil, err
 		}
@@ -71,10 +81,13 @@ func (d *Driver) cut(ctx context.Context, c class, name string, handles []string
 		return nil, d.taken(ctx, err, ids)
 	}
 	if fault.KindOf(err) == fault.Unsupported {
-		return nil, fmt.Errorf("%w (in a class those are %s and, for groups, %s)", err, keyCrash, keySeparate)
+		return nil, fmt.Errorf("%w (in a class those are %s and, for groups, %s)", err, class.CrashKey, class.SeparateKey)
 	}
 	if err != nil {
 		return nil, err
+	}
+	if !result.Adopted {
+		d.tell(q, kube.Frozen(len(result.Frozen), longest(result.Frozen)))
 	}
 	for _, f := range result.Frozen {
 		d.Log.InfoContext(ctx, "frozen", "name", name, "filesystem", f.Filesystem, "milliseconds", f.Milliseconds, "by_backend", f.Itself)
@@ -89,6 +102,22 @@ func (d *Driver) cut(ctx context.Context, c class, name string, handles []string
 		}
 	}
 	return all, nil
+}
+
+// longest is the longest time that a filesystem stood still.
+func longest(all []cut.FrozenFilesystem) time.Duration {
+	var most float64
+	for _, f := range all {
+		most = max(most, f.Milliseconds)
+	}
+	return time.Duration(most * float64(time.Millisecond))
+}
+
+// tell tells the people of a VolumeSnapshot what happened to it, if the request is for one.
+func (d *Driver) tell(q SourceQuery, e kube.Event) {
+	if o, err := class.OriginOf(q.Parameters, q.Name); err == nil {
+		d.Tell(o, e)
+	}
 }
 
 // taken turns a cut's Busy into AlreadyExists where the name is taken, by a verified snapshot of another cut.
@@ -223,7 +252,7 @@ func (d *controller) list(ctx context.Context, snapshot, volume string) ([]adapt
 	if volume == "" {
 		return d.Backends.snapshots(ctx, adapters.Filter{}, d.Backends.names()...)
 	}
-	from, err := d.Lookup.Source(ctx, SourceQuery{Handle: volume})
+	from, err := d.Lookup.Source(ctx, SourceQuery{Handle: volume, Own: true})
 	if err != nil {
 		return nil, err
 	}

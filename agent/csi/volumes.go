@@ -12,6 +12,7 @@ import (
 
 	"stillpoint.io/stillpoint/adapters"
 	"stillpoint.io/stillpoint/agent/backup"
+	"stillpoint.io/stillpoint/agent/kube/class"
 	"stillpoint.io/stillpoint/fault"
 )
 
@@ -73,7 +74,7 @@ func (d *controller) CreateVolume(ctx context.Context, r *csipb.CreateVolumeRequ
 	if err := capable(r.GetVolumeCapabilities()); err != nil {
 		return nil, err
 	}
-	c, err := parseClass(r.GetParameters(), volumeKeys)
+	c, err := class.Parse(class.Volumes, r.GetParameters())
 	if err != nil {
 		return nil, err
 	}
@@ -113,7 +114,7 @@ func (d *controller) CreateVolume(ctx context.Context, r *csipb.CreateVolumeRequ
 // wanted is a volume that is asked for.
 type wanted struct {
 	provisioned
-	class  class
+	class  class.Class
 	origin adapters.Origin
 	size   *csipb.CapacityRange
 }
@@ -253,7 +254,7 @@ func (w wanted) copy(ctx context.Context, s adapters.Snapshot, from adapters.Ada
 // clone makes a volume of another one, through a snapshot that is gone afterwards. The snapshot's name follows from the
 // volume's, so that who repeats the call finds it.
 func (d *Driver) clone(ctx context.Context, w wanted) (adapters.Volume, error) {
-	made, err := d.cut(ctx, w.class, cloneOf(w.id), []string{w.origin.Source})
+	made, err := d.cut(ctx, SourceQuery{Own: true, Name: cloneOf(w.id), Class: w.class}, []string{w.origin.Source})
 	if err != nil {
 		return adapters.Volume{}, err
 	}
@@ -365,7 +366,7 @@ func (d *controller) ValidateVolumeCapabilities(ctx context.Context, r *csipb.Va
 	if err := capable(r.GetVolumeCapabilities()); err != nil {
 		return &csipb.ValidateVolumeCapabilitiesResponse{Message: status.Convert(err).Message()}, nil
 	}
-	if _, err := parseClass(r.GetParameters(), volumeKeys); err != nil {
+	if _, err := class.Parse(class.Volumes, r.GetParameters()); err != nil {
 		return &csipb.ValidateVolumeCapabilitiesResponse{Message: err.Error()}, nil
 	}
 	return &csipb.ValidateVolumeCapabilitiesResponse{Confirmed: &csipb.ValidateVolumeCapabilitiesResponse_Confirmed{
@@ -392,7 +393,7 @@ func capable(all []*csipb.VolumeCapability) error {
 		case c.GetMount() == nil:
 			return status.Error(codes.InvalidArgument, "a capability has no access_type: block or mount")
 		case c.GetMount().GetFsType() != "" && !slices.Contains(filesystems, c.GetMount().GetFsType()):
-			return status.Errorf(codes.InvalidArgument, "fs_type %q%s", c.GetMount().GetFsType(), hint(c.GetMount().GetFsType(), filesystems))
+			return status.Errorf(codes.InvalidArgument, "fs_type %q%s", c.GetMount().GetFsType(), class.Meant(c.GetMount().GetFsType(), filesystems))
 		case c.GetMount().GetVolumeMountGroup() != "":
 			return status.Error(codes.InvalidArgument, "volume_mount_group: the driver leaves ownership to its caller")
 		}
@@ -401,7 +402,7 @@ func capable(all []*csipb.VolumeCapability) error {
 }
 
 // topologyKey is the label of nodes by which node-local volumes are bound to one.
-const topologyKey = Prefix + "node"
+const topologyKey = class.Driver + "/node"
 
 func (d *Driver) topology() *csipb.Topology {
 	return &csipb.Topology{Segments: map[string]string{topologyKey: d.Node}}

@@ -15,18 +15,23 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/klog/v2"
 
 	"stillpoint.io/stillpoint/adapters"
+	"stillpoint.io/stillpoint/adapters/registry"
 	"stillpoint.io/stillpoint/agent/csi"
 	"stillpoint.io/stillpoint/agent/cut"
 	"stillpoint.io/stillpoint/agent/freezer"
+	"stillpoint.io/stillpoint/agent/kube"
 	"stillpoint.io/stillpoint/fault"
 )
 
 // agentFlags are what the agent is told beside the configuration.
 type agentFlags struct {
 	endpoint, driver, node string
+	kubernetes             string // a kubeconfig's path, or in-cluster
 	freezer                string // socket of a freezer that runs already
 	probes                 string // address
 	grace                  time.Duration
@@ -51,6 +56,7 @@ A filesystem is never left frozen: the freezer is a process of its own.`,
 	c.Flags().StringVar(&f.endpoint, "endpoint", "", "the unix `socket` to serve CSI on, in a folder that only root may enter")
 	c.Flags().StringVar(&f.driver, "driver-name", csi.DriverName, "the name of the CSI driver")
 	c.Flags().StringVar(&f.node, "node", "", "the `name` of this node as Kubernetes has it; default the host's")
+	c.Flags().StringVar(&f.kubernetes, "kubernetes", "", "the `kubeconfig` of the cluster whose volumes are to be snapshotted, or in-cluster in a pod; default: only volumes of this driver, outside Kubernetes")
 	c.Flags().StringVar(&f.freezer, "freezer", "", "the `socket` of a running freezer; without it, one is started for each cut")
 	c.Flags().StringVar(&f.probes, "probes", "", "the `address` to serve /healthz and /readyz on, such as 127.0.0.1:9808; default none")
 	c.Flags().DurationVar(&f.grace, "grace", 20*time.Second, "how long calls may go on after SIGTERM")
@@ -82,10 +88,20 @@ func (a *app) serve(ctx context.Context, f agentFlags) error {
 		return err
 	}
 	machine := f.machine()
-	d, err := csi.New(csi.Config{
+	config := csi.Config{
 		Name: f.driver, Version: version, Node: f.node, Backends: backends, Cut: machine, MetadataBlock: block, Log: log,
 		Ready: func(ctx context.Context) error { return ready(ctx, machine) },
-	})
+	}
+	if f.kubernetes != "" {
+		api, err := f.cluster()
+		if err != nil {
+			return err
+		}
+		events := api.NewRecorder("stillpoint-agent", f.node)
+		defer events.Close()
+		config.Lookup, config.Tell = csi.Kubernetes{API: api, Backends: backends}, events.Tell
+	}
+	d, err := csi.New(config)
 	if err != nil {
 		return fault.Errorf(fault.Invalid, "%w", err)
 	}
@@ -120,6 +136,22 @@ func (a *app) serve(ctx context.Context, f agentFlags) error {
 	return err
 }
 
+// cluster is the API of the cluster that the flags name.
+func (f agentFlags) cluster() (*kube.API, error) {
+	config, err := rest.InClusterConfig()
+	if f.kubernetes != inCluster {
+		config, err = clientcmd.BuildConfigFromFlags("", f.kubernetes)
+	}
+	if err != nil {
+		return nil, fault.Errorf(fault.Invalid, "--kubernetes %s: %w", f.kubernetes, err)
+	}
+	config.UserAgent = "stillpoint-agent/" + version
+	return kube.New(config)
+}
+
+// inCluster stands for the service account of the pod that the agent is in.
+const inCluster = "in-cluster"
+
 // logger writes where the flags say, for our own code and for that of Kubernetes.
 func (f agentFlags) logger(a *app) (*slog.Logger, error) {
 	var handler slog.Handler
@@ -144,7 +176,11 @@ func (a *app) backends(ctx context.Context) (csi.Backends, error) {
 		if err != nil {
 			return nil, err
 		}
-		all[name] = csi.Backend{Kind: b.Adapter, Adapter: opened}
+		kind, err := registry.Find(b.Adapter)
+		if err != nil {
+			return nil, err
+		}
+		all[name] = csi.Backend{Kind: kind, Adapter: opened}
 	}
 	return all, nil
 }

@@ -10,6 +10,7 @@ import (
 	"stillpoint.io/stillpoint/adapters/mem"
 	"stillpoint.io/stillpoint/adapters/reflink"
 	"stillpoint.io/stillpoint/agent/csi"
+	"stillpoint.io/stillpoint/agent/kube/class"
 	"stillpoint.io/stillpoint/integration/lab"
 )
 
@@ -23,14 +24,14 @@ func TestSanity(t *testing.T) {
 		must(t, os.Mkdir(folder, 0o700))
 		socket := Serve(t, folder, csi.Config{Backends: csi.Backends{"b": b}, Cut: Node(t, program)})
 		// Volumes that nobody has staged are snapshotted too, and nobody can say that nothing writes to them.
-		crash := map[string]string{csi.Prefix + "allow-crash-consistent": "true"}
+		crash := map[string]string{class.CrashKey: "true"}
 		sites = append(sites, Site{Name: name, Socket: socket, Folder: folder, Block: block, Size: size, Volumes: crash, Snapshots: crash})
 	}
 	for name, block := range map[string]bool{"mem": false, "mem-block": true} {
 		store := new(mem.Store)
 		a := store.Adapter("b")
 		t.Cleanup(func() { must(t, a.Close()) })
-		add(name, 32<<20, block, csi.Backend{Kind: "mem", Adapter: a})
+		add(name, 32<<20, block, csi.Backend{Kind: adapters.Kind{Name: "mem"}, Adapter: a})
 	}
 	for _, fstype := range []string{"xfs", "btrfs"} {
 		pool, err := l.Pool(t.Context(), fstype, fstype, 4<<30)
@@ -38,7 +39,7 @@ func TestSanity(t *testing.T) {
 		a, err := reflink.Kind().Open(t.Context(), adapters.Config{Name: "b", Parameters: map[string]string{"pools": pool.Mount, "volumes": pool.Mount}})
 		must(t, err)
 		t.Cleanup(func() { must(t, a.Close()) })
-		add("reflink-"+fstype, 64<<20, fstype == "btrfs", csi.Backend{Kind: "reflink", Adapter: adapters.Retry(a, adapters.RetryPolicy{})})
+		add("reflink-"+fstype, 64<<20, fstype == "btrfs", csi.Backend{Kind: adapters.Kind{Name: "reflink"}, Adapter: adapters.Retry(a, adapters.RetryPolicy{})})
 	}
 	Run(t, sites...)
 }

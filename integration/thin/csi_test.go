@@ -10,7 +10,9 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 
+	"stillpoint.io/stillpoint/adapters"
 	"stillpoint.io/stillpoint/agent/csi"
+	"stillpoint.io/stillpoint/agent/kube/class"
 	integration "stillpoint.io/stillpoint/integration/csi"
 	"stillpoint.io/stillpoint/integration/lab"
 	"stillpoint.io/stillpoint/integration/vm"
@@ -23,11 +25,11 @@ func drive(t *testing.T, l *lab.Lab) integration.Site {
 		t.Fatal(err)
 	}
 	socket := integration.Serve(t, l.Dir, csi.Config{
-		Backends: csi.Backends{"lvm-thin": {Kind: "lvm-thin", Adapter: openThin(t)}},
+		Backends: csi.Backends{"lvm-thin": {Kind: adapters.Kind{Name: "lvm-thin"}, Adapter: openThin(t)}},
 		Cut:      integration.Node(t, vm.Program("stillpoint-freezer")),
 	})
 	// Volumes that nobody has staged are snapshotted too, and nobody can say that nothing writes to them.
-	crash := map[string]string{csi.Prefix + "allow-crash-consistent": "true"}
+	crash := map[string]string{class.Driver + "/allow-crash-consistent": "true"}
 	return integration.Site{Name: "lvm-thin", Socket: socket, Folder: l.Dir, Size: 32 << 20, Volumes: crash, Snapshots: crash}
 }
 

@@ -34,7 +34,7 @@ func (k Kind) String() string {
 
 // Class is what a class says.
 type Class struct {
-	Adapter string // the adapter's name
+	Adapter string // the adapter's name; empty: what the volume is of
 	Backend string // the configured backend's; empty: the one that the adapter has
 	Cut     Cut
 	Backup  *Backup // nil: snapshots stay in the backend, and nowhere else
@@ -81,7 +81,7 @@ var everywhere, snapshots, groups = []Kind{Volumes, Snapshots, Groups}, []Kind{S
 // Keys are all keys that there are.
 func Keys() []Key {
 	return []Key{
-		{full(keyAdapter), everywhere, "which adapter the volumes are of, such as ceph-rbd; required"},
+		{full(keyAdapter), everywhere, "which adapter the volumes are of, such as ceph-rbd; default: the only one configured that knows the volume"},
 		{full(keyBackend), everywhere, "which configured backend the volumes are in; default: the only one that the adapter has"},
 		{full(keyMaxFreeze), everywhere, "how long a filesystem may be frozen at most, like 500ms; at most 60s, default: 10s"},
 		{full(keyCrash), everywhere, "true: what cannot be frozen is snapshotted all the same, as after a power failure; default: false, it fails"},
@@ -99,6 +99,14 @@ func Keys() []Key {
 
 func full(key string) string { return Driver + "/" + key }
 
+// Keys that errors of others name.
+const (
+	AdapterKey  = Driver + "/" + keyAdapter
+	BackendKey  = Driver + "/" + keyBackend
+	CrashKey    = Driver + "/" + keyCrash
+	SeparateKey = Driver + "/" + keySeparate
+)
+
 // sidecarPrefix begins what the CSI sidecars add to a class's parameters, and what they take from them.
 const sidecarPrefix = "csi.storage.k8s.io/"
 
@@ -112,9 +120,6 @@ func Parse(kind Kind, parameters map[string]string) (Class, error) {
 		Backend: r.text(keyBackend),
 		Cut: Cut{MaxFreeze: r.duration(keyMaxFreeze, DefaultFreeze, MostFreeze), AllowCrash: r.flag(keyCrash, false),
 			AllowSeparate: r.flag(keySeparate, false)},
-	}
-	if c.Adapter == "" {
-		r.fail("%s is required: it says which adapter the volumes are of", full(keyAdapter))
 	}
 	c.Backup = r.backup()
 	if len(r.wrong) > 0 {

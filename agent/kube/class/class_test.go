@@ -57,7 +57,6 @@ func TestParseRefuses(t *testing.T) {
 		{map[string]string{"s3-bucket": "b"}, []string{`did you mean "snap.stillpoint.io/s3-bucket"?`}},
 		{map[string]string{"snap.stillpoint.com/backend": "b"}, []string{`did you mean "snap.stillpoint.io/backend"?`}},
 		{map[string]string{"pool": "rbd"}, []string{`"pool"`, "there is snap.stillpoint.io/adapter, "}},
-		{map[string]string{"snap.stillpoint.io/adapter": ""}, []string{"adapter is required"}},
 		{map[string]string{"snap.stillpoint.io/type": ""}, []string{"remote-name has no meaning without", "s3-bucket has no meaning without"}},
 		{map[string]string{"snap.stillpoint.io/type": "s4"}, []string{`no type "s4"`}},
 		{map[string]string{"snap.stillpoint.io/s3-endpoint": "", "snap.stillpoint.io/remote-name": ""}, []string{"s3-endpoint is required", "remote-name is required"}},

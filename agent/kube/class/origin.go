@@ -13,6 +13,12 @@ type Origin struct {
 	UID             string // from the name that the call asks for
 }
 
+// What the sidecar adds.
+const (
+	NameKey      = sidecarPrefix + "volumesnapshot/name"
+	NamespaceKey = sidecarPrefix + "volumesnapshot/namespace"
+)
+
 // String names the snapshot for people.
 func (o Origin) String() string { return o.Namespace + "/" + o.Name }
 
@@ -20,7 +26,7 @@ func (o Origin) String() string { return o.Namespace + "/" + o.Name }
 // --snapshot-name-prefix, a dash, and the VolumeSnapshot's UID. Invalid if it is not all there: then it cannot be known
 // whose volume is to be snapshotted.
 func OriginOf(parameters map[string]string, wanted string) (Origin, error) {
-	o := Origin{Namespace: parameters[sidecarPrefix+"volumesnapshot/namespace"], Name: parameters[sidecarPrefix+"volumesnapshot/name"]}
+	o := Origin{Namespace: parameters[NamespaceKey], Name: parameters[NameKey]}
 	if o.Namespace == "" || o.Name == "" {
 		return Origin{}, fault.Errorf(fault.Invalid, "snapshot %s: the call does not say which VolumeSnapshot it is for: run csi-snapshotter with --extra-create-metadata", wanted)
 	}
