@@ -34,9 +34,15 @@ func parseID(id adapters.VolumeID) (uuid, inside string, err error) {
 	return m[1], m[2], nil
 }
 
-// canonical turns what a person typed into an id: an absolute path, of which the last element may be missing, or a
-// canonical id already.
+// canonical turns what a person typed into an id: an absolute path, of which the last element may be missing, a path in a
+// pool, or a canonical id already.
 func (a *Adapter) canonical(id adapters.VolumeID) (adapters.VolumeID, error) {
+	if strings.HasPrefix(id.ID, inPool) {
+		var err error
+		if id, err = a.find(id); err != nil {
+			return id, err
+		}
+	}
 	if !path.IsAbs(id.ID) {
 		_, _, err := parseID(id)
 		return id, err

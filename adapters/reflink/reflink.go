@@ -60,7 +60,9 @@ func Kind() adapters.Kind {
 			{Name: "pools", Usage: "mount points, separated by commas, that the backend is limited to; default: every XFS and btrfs of the node"},
 			{Name: "volumes", Usage: "folder on XFS or btrfs for the volumes that a StorageClass asks for, readable by root only; default: none, so that there are no such volumes"},
 		},
-		Open: open,
+		Open:    open,
+		Drivers: []string{rawfile},
+		Resolve: resolve,
 	}
 }
 

@@ -17,14 +17,13 @@ import (
 	storagev1 "k8s.io/api/storage/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	registration "k8s.io/kubelet/pkg/apis/pluginregistration/v1"
 )
 
 // Foreign is a CSI driver of somebody else's on a node, for pods to have volumes that are none of ours: it publishes every
-// handle as an ext4 of 64 MiB in a file of its own, on a loop device.
+// handle as an ext4 of 64 MiB in a file of its own, on a loop device. It keeps them as OpenEBS rawfile-localpv does.
 type Foreign struct {
 	Process *Process
-	Images  string // the folder of the files, which are named HANDLE.img
+	Images  string // the folder of the files, which are named HANDLE/disk.img
 }
 
 const envForeign = "STILLPOINT_TEST_FOREIGN_DRIVER"
@@ -54,23 +53,24 @@ func (n *Node) AddForeign(ctx context.Context, driver string) (*Foreign, error) 
 	if err != nil {
 		return nil, err
 	}
-	f := &Foreign{Images: filepath.Join(n.Root, "plugins", driver)}
-	if f.Process, err = n.Start(driver, []string{envForeign + "=" + driver + ":" + n.Name + ":" + n.Root}, self); err != nil {
+	f := &Foreign{Images: n.ForeignImages(driver)}
+	dir := filepath.Join(n.Root, "plugins", driver)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, err
 	}
-	return f, await(ctx, "waiting for the kubelet to know "+driver, func(ctx context.Context) error {
-		known, err := n.cluster.Admin.Core.StorageV1().CSINodes().Get(ctx, n.Name, metav1.GetOptions{})
-		if err != nil {
-			return err
-		}
-		for _, d := range known.Spec.Drivers {
-			if d.Name == driver {
-				return nil
-			}
-		}
-		return errors.New("not registered")
-	}, f.Process, n.Kubelet)
+	if f.Process, err = n.Start(driver, []string{envForeign + "=" + driver + ":" + n.Name + ":" + dir}, self); err != nil {
+		return nil, err
+	}
+	return f, n.Register(ctx, driver, filepath.Join(dir, socketName), f.Process)
 }
+
+// ForeignImages is where a foreign driver will have its files. A filesystem may be mounted there before it starts.
+func (n *Node) ForeignImages(driver string) string {
+	return filepath.Join(n.Root, "plugins", driver, "volumes")
+}
+
+// socketName is the name of a foreign driver's socket in its folder.
+const socketName = "csi.sock"
 
 // MountPoint waits until a pod's volume is mounted on the node, and returns where the kubelet has it.
 func (n *Node) MountPoint(ctx context.Context, pod *corev1.Pod, volume string) (string, error) {
@@ -86,46 +86,30 @@ func (n *Node) MountPoint(ctx context.Context, pod *corev1.Pod, volume string) (
 	}, n.Kubelet)
 }
 
-// foreign is the driver in its own process: what the kubelet asks of one, and what registers it there.
+// foreign is the driver in its own process: what the kubelet asks of one.
 type foreign struct {
 	csi.UnimplementedIdentityServer
 	csi.UnimplementedNodeServer
-	registration.UnimplementedRegistrationServer
 	name, node, dir string
 }
 
-func serveForeign(name, node, root string) error {
-	f := &foreign{name: name, node: node, dir: filepath.Join(root, "plugins", name)}
-	if err := errors.Join(os.MkdirAll(f.dir, 0o755), os.MkdirAll(filepath.Join(root, "plugins_registry"), 0o755)); err != nil {
+func serveForeign(name, node, dir string) error {
+	f := &foreign{name: name, node: node, dir: dir}
+	if err := os.MkdirAll(filepath.Join(dir, "volumes"), 0o755); err != nil {
 		return err
 	}
-	plugin, register := grpc.NewServer(), grpc.NewServer()
-	csi.RegisterIdentityServer(plugin, f)
-	csi.RegisterNodeServer(plugin, f)
-	registration.RegisterRegistrationServer(register, f)
-	failed := make(chan error)
-	for socket, server := range map[string]*grpc.Server{f.socket(): plugin, filepath.Join(root, "plugins_registry", name+"-reg.sock"): register} {
-		if err := os.Remove(socket); err != nil && !errors.Is(err, os.ErrNotExist) { // of an earlier one that was killed
-			return err
-		}
-		l, err := net.Listen("unix", socket)
-		if err != nil {
-			return err
-		}
-		go func() { failed <- server.Serve(l) }()
+	socket := filepath.Join(dir, socketName)
+	if err := os.Remove(socket); err != nil && !errors.Is(err, os.ErrNotExist) { // of an earlier one that was killed
+		return err
 	}
-	return <-failed
-}
-
-func (f *foreign) socket() string { return filepath.Join(f.dir, "csi.sock") }
-
-func (f *foreign) GetInfo(context.Context, *registration.InfoRequest) (*registration.PluginInfo, error) {
-	return &registration.PluginInfo{Type: registration.CSIPlugin, Name: f.name, Endpoint: f.socket(), SupportedVersions: []string{"1.0.0"}}, nil
-}
-
-func (f *foreign) NotifyRegistrationStatus(_ context.Context, s *registration.RegistrationStatus) (*registration.RegistrationStatusResponse, error) {
-	fmt.Fprintf(os.Stderr, "registered: %v %s\n", s.PluginRegistered, s.Error)
-	return &registration.RegistrationStatusResponse{}, nil
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		return err
+	}
+	server := grpc.NewServer()
+	csi.RegisterIdentityServer(server, f)
+	csi.RegisterNodeServer(server, f)
+	return server.Serve(l)
 }
 
 func (f *foreign) GetPluginInfo(context.Context, *csi.GetPluginInfoRequest) (*csi.GetPluginInfoResponse, error) {
@@ -149,9 +133,9 @@ func (f *foreign) NodeGetCapabilities(context.Context, *csi.NodeGetCapabilitiesR
 }
 
 func (f *foreign) NodePublishVolume(ctx context.Context, r *csi.NodePublishVolumeRequest) (*csi.NodePublishVolumeResponse, error) {
-	image := filepath.Join(f.dir, r.VolumeId+".img")
+	image := filepath.Join(f.dir, "volumes", r.VolumeId, "disk.img")
 	if _, err := os.Stat(image); errors.Is(err, os.ErrNotExist) {
-		if err := errors.Join(run(ctx, "truncate", "-s", "64M", image), run(ctx, "mkfs.ext4", "-q", "-F", image)); err != nil {
+		if err := errors.Join(os.MkdirAll(filepath.Dir(image), 0o755), run(ctx, "truncate", "-s", "64M", image), run(ctx, "mkfs.ext4", "-q", "-F", image)); err != nil {
 			return nil, err
 		}
 	}
