@@ -174,11 +174,16 @@ func (d *controller) DeleteSnapshot(ctx context.Context, r *csipb.DeleteSnapshot
 	return &csipb.DeleteSnapshotResponse{}, nil
 }
 
-// delete removes a snapshot by its handle.
+// delete removes a snapshot by its handle. One that is not ours stays, and is none for us.
 func (b Backends) delete(ctx context.Context, handle string) error {
 	id, a, err := b.snapshot(ctx, handle)
 	if err == nil {
 		err = a.DeleteSnapshot(ctx, id)
+	}
+	if fault.KindOf(err) == fault.Invalid { // is it not ours?
+		if _, e := a.Snapshot(ctx, id); e != nil {
+			err = e
+		}
 	}
 	if fault.KindOf(err) == fault.NotFound {
 		return nil

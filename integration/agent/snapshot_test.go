@@ -59,7 +59,8 @@ func TestSnapshotOfAForeignVolume(t *testing.T) {
 	})
 	p.until("nothing of them is left in the pool", func() error {
 		return p.node.Inside(func() error {
-			for _, pattern := range []string{p.pool + "/.stillpoint/*", p.pool + "/made/*"} {
+			name := strings.Split(*content.Status.SnapshotHandle, "@")[1]
+			for _, pattern := range []string{p.pool + "/.stillpoint/*" + name, p.pool + "/made/*"} {
 				if left, err := filepath.Glob(pattern); err != nil || len(left) > 0 {
 					return errors.Join(fmt.Errorf("there is %v", left), err)
 				}

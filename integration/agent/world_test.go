@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -218,10 +219,17 @@ func (p place) apply(format string, args ...any) {
 func (p place) foreignClaim(name string) (handle string) {
 	p.t.Helper()
 	handle = p.namespace + "-" + name
+	p.foreignClaimOf(name, handle)
+	return handle
+}
+
+// foreignClaimOf makes a claim with a volume of the foreign driver that has the handle.
+func (p place) foreignClaimOf(name, handle string) {
+	p.t.Helper()
 	p.apply(`
 apiVersion: v1
 kind: PersistentVolume
-metadata: {name: %[1]s}
+metadata: {name: %[2]s-%[3]s}
 spec:
   capacity: {storage: 64Mi}
   accessModes: [ReadWriteOnce]
@@ -232,9 +240,8 @@ spec:
 apiVersion: v1
 kind: PersistentVolumeClaim
 metadata: {name: %[3]s, namespace: %[2]s}
-spec: {accessModes: [ReadWriteOnce], storageClassName: "", volumeName: %[1]s, resources: {requests: {storage: 64Mi}}}
+spec: {accessModes: [ReadWriteOnce], storageClassName: "", volumeName: %[2]s-%[3]s, resources: {requests: {storage: 64Mi}}}
 `, handle, p.namespace, name, foreign)
-	return handle
 }
 
 // ownClaim makes a claim of our StorageClass, of a snapshot if one is named.
@@ -339,6 +346,20 @@ func (p place) read(path string) (content string) {
 		return err
 	}))
 	return content
+}
+
+// file is the file of a snapshot in the pool, by its handle.
+func (p place) file(handle string) string {
+	p.t.Helper()
+	var found []string
+	p.must(p.node.Inside(func() (err error) {
+		found, err = filepath.Glob(p.pool + "/.stillpoint/*." + handle[strings.LastIndexByte(handle, '@')+1:])
+		return err
+	}))
+	if len(found) != 1 {
+		p.t.Fatalf("the files of the snapshot %s are %v", handle, found)
+	}
+	return found[0]
 }
 
 // told waits for an event on a VolumeSnapshot, and returns its message.
