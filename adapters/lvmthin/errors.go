@@ -63,7 +63,7 @@ func complaint(words string) fault.Kind {
 		kind fault.Kind
 		says []string
 	}{
-		{fault.Busy, []string{"suspend ioctl on", "Device or resource busy", "is used by another device", "in use", "contains a filesystem in use", "still in use", "lock failed", "already exists", lockFailed}},
+		{fault.Busy, []string{"suspend ioctl on", "Device or resource busy", "is used by another device", "in use", "contains a filesystem in use", "still in use", "lock failed", "already exists", lockFailed, flockFailed}},
 		{fault.Exhausted, []string{"reached threshold", "is above threshold", "too low", "insufficient free space", "Insufficient free space", "No space left", "Failed to write VG", "metadata on", "too large for circular buffer"}},
 		{fault.Invalid, []string{"are reserved", "is too long", "Full LV name", "Invalid argument for"}},
 		{fault.NotFound, []string{"Failed to find logical volume", "not found in volume group", "Snapshot origin LV"}},
@@ -81,6 +81,9 @@ func complaint(words string) fault.Kind {
 
 // lockFailed is what LVM says when it may not wait for a group's lock.
 const lockFailed = "Can't get lock for"
+
+// flockFailed ends the line in which it says which file it may not wait for.
+const flockFailed = ": flock failed: Resource temporarily unavailable"
 
 // gist is the part of LVM's words that says what went wrong, in one line.
 func gist(words string) string {

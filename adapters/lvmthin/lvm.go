@@ -67,7 +67,7 @@ func (l *lvm) run(ctx context.Context, t task) (*command, error) {
 		if err != nil {
 			return nil, err
 		}
-		if !strings.Contains(c.stderr, lockFailed) || c.made(t) {
+		if !c.locked() || c.made(t) {
 			return c, c.err()
 		}
 		file := lockFile(c.stderr)
@@ -78,6 +78,11 @@ func (l *lvm) run(ctx context.Context, t task) (*command, error) {
 			return c, fault.Errorf(fault.Busy, "%s: another program has locked the volume group for more than %v (lsof %s shows which)", c.name(), l.wait, file)
 		}
 	}
+}
+
+// locked reports whether it could not have a lock: a group's, whatever it then made of that, or LVM's lock of everything.
+func (c *command) locked() bool {
+	return strings.Contains(c.stderr, lockFailed) || c.code != 0 && lockFile(c.stderr) != ""
 }
 
 // made reports whether a script has made something: then it is not run again.
@@ -231,10 +236,11 @@ func (c *command) name() string {
 	return strings.Join(words[:min(2, len(words))], " ")
 }
 
-// lockFile is the file that LVM could not lock: "/run/lock/lvm/V_vg0: flock failed: …".
+// lockFile is the file that LVM could not lock: "/run/lock/lvm/V_vg0: flock failed: …", or P_global, or their neighbours for
+// who is next.
 func lockFile(words string) string {
 	for line := range strings.Lines(words) {
-		if path, ok := strings.CutSuffix(strings.TrimSpace(line), ": flock failed: Resource temporarily unavailable"); ok {
+		if path, ok := strings.CutSuffix(strings.TrimSpace(line), flockFailed); ok {
 			return path
 		}
 	}

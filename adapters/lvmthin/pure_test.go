@@ -288,14 +288,15 @@ func TestScript(t *testing.T) {
 func TestComplaints(t *testing.T) {
 	for words, kind := range map[string]fault.Kind{
 		"  device-mapper: suspend ioctl on  (254:4) failed: Device or resource busy\n": fault.Busy,
-		"  Can't get lock for vg0.\n":                                                      fault.Busy,
+		"  Can't get lock for vg0.\n": fault.Busy,
+		"  /run/lock/lvm/P_global:aux: flock failed: Resource temporarily unavailable\n":   fault.Busy,
 		"  Logical volume vg0/snap in use.\n":                                              fault.Busy,
 		"  Names including \"_tmeta\" are reserved.\n":                                     fault.Invalid,
 		"  Full LV name \"vg0/xxx\" is too long.\n":                                        fault.Invalid,
 		"  Failed to find logical volume \"vg0/nonexist\"\n":                               fault.NotFound,
 		"  Volume group \"nonexist\" not found\n":                                          fault.Unavailable,
 		"  Free space in pool vg0/pool is above threshold, new volumes are not allowed.\n": fault.Exhausted,
-		"  something new\n":                                                                fault.Internal,
+		"  something new\n": fault.Internal,
 	} {
 		if got := complaint(words); got != kind {
 			t.Errorf("%q is %v", words, got)
@@ -329,5 +330,18 @@ func TestParseHeader(t *testing.T) {
 	}
 	if got, err := parseHeader(make([]byte, headerSize)); got != nil || err != nil || upToDate(got) {
 		t.Errorf("%v, %v", got, err)
+	}
+}
+
+// Whichever of LVM's locks it is that a command could not have, it is run again.
+func TestLocked(t *testing.T) {
+	for words, is := range map[string]bool{
+		"  /run/lock/lvm/V_vg0: flock failed: Resource temporarily unavailable\n  Can't get lock for vg0\n":                     true,
+		"  /run/lock/lvm/P_global:aux: flock failed: Resource temporarily unavailable\n  Failed to get a lock on everything.\n": true,
+		"  Volume group \"nonexist\" not found\n": false,
+	} {
+		if got := (&command{stderr: words, code: 5}).locked(); got != is {
+			t.Errorf("%q is locked: %v", words, got)
+		}
 	}
 }
