@@ -34,35 +34,44 @@ func (b Backends) find(name string) (adapters.Adapter, error) {
 	return found.Adapter, nil
 }
 
-// choose is the backend that a class means. It may name the backend, or only its adapter where there is one backend of it, or
-// neither where there is one at all that will do. Invalid otherwise.
-func (b Backends) choose(c class.Class, will func(adapters.Adapter) bool, what string) (string, adapters.Adapter, error) {
-	if c.Backend != "" {
-		found, ok := b[c.Backend]
-		switch {
-		case !ok:
-			return "", nil, fault.Errorf(fault.Invalid, "%s: there is no backend %q%s", class.BackendKey, c.Backend, class.Meant(c.Backend, b.names()))
-		case c.Adapter != "" && c.Adapter != found.Kind.Name:
-			return "", nil, fault.Errorf(fault.Invalid, "the backend %q is of the adapter %q, and %s says %q", c.Backend, found.Kind.Name, class.AdapterKey, c.Adapter)
-		case !will(found.Adapter):
-			return "", nil, fault.Errorf(fault.Unsupported, "the backend %q %s", c.Backend, what)
-		}
-		return c.Backend, found.Adapter, nil
-	}
+// meant are the backends that a class may mean: the one it names, or those of the adapter that it names, or all. Invalid if
+// there is none of that name or adapter.
+func (b Backends) meant(c class.Class) ([]string, error) {
 	var fit, kinds []string
 	for _, name := range b.names() {
-		kinds = append(kinds, b[name].Kind.Name)
-		if (c.Adapter == "" || c.Adapter == b[name].Kind.Name) && will(b[name].Adapter) {
+		kind := b[name].Kind.Name
+		kinds = append(kinds, kind)
+		if (c.Backend == "" || c.Backend == name) && (c.Adapter == "" || c.Adapter == kind) {
 			fit = append(fit, name)
 		}
 	}
+	named, there := b[c.Backend]
+	switch {
+	case len(fit) > 0 || c.Backend == "" && c.Adapter == "":
+		return fit, nil
+	case c.Backend == "":
+		return nil, fault.Errorf(fault.Invalid, "%s: no backend of the adapter %q is configured here%s", class.AdapterKey, c.Adapter, class.Meant(c.Adapter, kinds))
+	case !there:
+		return nil, fault.Errorf(fault.Invalid, "%s: there is no backend %q%s", class.BackendKey, c.Backend, class.Meant(c.Backend, b.names()))
+	}
+	return nil, fault.Errorf(fault.Invalid, "the backend %q is of the adapter %q, and %s says %q", c.Backend, named.Kind.Name, class.AdapterKey, c.Adapter)
+}
+
+// choose is the one backend that a class may mean and that will do. Invalid if there are several, Unsupported if none does
+// what is wanted.
+func (b Backends) choose(c class.Class, will func(adapters.Adapter) bool, what string) (string, adapters.Adapter, error) {
+	meant, err := b.meant(c)
+	if err != nil {
+		return "", nil, err
+	}
+	fit := slices.DeleteFunc(slices.Clone(meant), func(name string) bool { return !will(b[name].Adapter) })
 	switch {
 	case len(fit) == 1:
 		return fit[0], b[fit[0]].Adapter, nil
 	case len(fit) > 1:
 		return "", nil, fault.Errorf(fault.Invalid, "%d backends would do: say which one with %s: %s", len(fit), class.BackendKey, strings.Join(fit, ", "))
-	case c.Adapter != "" && !slices.Contains(kinds, c.Adapter):
-		return "", nil, fault.Errorf(fault.Invalid, "%s: no backend of the adapter %q is configured here%s", class.AdapterKey, c.Adapter, class.Meant(c.Adapter, kinds))
+	case c.Backend != "":
+		return "", nil, fault.Errorf(fault.Unsupported, "the backend %q %s", c.Backend, what)
 	}
 	return "", nil, fault.Errorf(fault.Unsupported, "no backend will do: each %s", what)
 }

@@ -60,9 +60,6 @@ func (d *group) CreateVolumeGroupSnapshot(ctx context.Context, r *csipb.CreateVo
 	if err != nil {
 		return nil, err
 	}
-	if c.Backup != nil {
-		return nil, fault.Errorf(fault.Unsupported, "the class wants backups, and this agent makes none")
-	}
 	made, err := d.cut(ctx, SourceQuery{Own: true, Name: r.GetName(), Class: c, Parameters: r.GetParameters()}, r.GetSourceVolumeIds())
 	if err != nil {
 		return nil, err

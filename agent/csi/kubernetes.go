@@ -42,35 +42,32 @@ func (b Backends) of(pv adapters.PersistentVolume, c class.Class) (adapters.Volu
 		id, _, err := b.volume(pv.Handle)
 		return id, err // whether the class is for it is asked of every volume
 	}
-	var found []adapters.VolumeID
+	meant, err := b.meant(c)
+	if err != nil {
+		return adapters.VolumeID{}, err
+	}
+	var id adapters.VolumeID
+	var found []string
 	var reasons []error
-	for _, name := range b.names() {
-		kind := b[name].Kind
-		if c.Backend != "" && c.Backend != name || c.Adapter != "" && c.Adapter != kind.Name {
-			continue
-		}
-		id, err := kind.VolumeOf(pv)
+	for _, name := range meant {
+		known, err := b[name].Kind.VolumeOf(pv)
 		if err != nil {
 			reasons = append(reasons, err)
 			continue
 		}
-		found = append(found, adapters.VolumeID{Backend: name, ID: id})
+		found = append(found, name)
+		id = adapters.VolumeID{Backend: name, ID: known}
 	}
 	switch {
 	case len(found) == 1:
-		return found[0], nil
+		return id, nil
 	case len(found) > 1:
-		var names []string
-		for _, id := range found {
-			names = append(names, id.Backend)
-		}
 		return adapters.VolumeID{}, fault.Errorf(fault.Invalid, "volume %q of the CSI driver %s may be in several backends: say which one in the class, with %s: %s",
-			pv.Handle, pv.Driver, class.BackendKey, strings.Join(names, ", "))
-	case len(reasons) > 0:
-		return adapters.VolumeID{}, errors.Join(reasons...)
+			pv.Handle, pv.Driver, class.BackendKey, strings.Join(found, ", "))
+	case len(reasons) == 0:
+		return adapters.VolumeID{}, fault.Errorf(fault.Unsupported, "volume %q of the CSI driver %s: no backend is configured here", pv.Handle, pv.Driver)
 	}
-	_, _, err := b.choose(c, func(adapters.Adapter) bool { return false }, "knows no volumes of the CSI driver "+pv.Driver)
-	return adapters.VolumeID{}, err
+	return adapters.VolumeID{}, errors.Join(reasons...)
 }
 
 // VolumeHandle is that of the PersistentVolume; of a snapshot that Kubernetes does not know, or not any more, it is the

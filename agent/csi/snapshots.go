@@ -33,9 +33,6 @@ func (d *controller) CreateSnapshot(ctx context.Context, r *csipb.CreateSnapshot
 	if err != nil {
 		return nil, err
 	}
-	if c.Backup != nil {
-		return nil, fault.Errorf(fault.Unsupported, "the class wants backups, and this agent makes none")
-	}
 	q := SourceQuery{Name: r.GetName(), Class: c, Parameters: r.GetParameters()}
 	made, err := d.cut(ctx, q, []string{r.GetSourceVolumeId()})
 	if err != nil {
@@ -49,6 +46,9 @@ func (d *controller) CreateSnapshot(ctx context.Context, r *csipb.CreateSnapshot
 // cut looks the volumes up and cuts them, or finds the cut of that name. The snapshots are in the order of the handles.
 func (d *Driver) cut(ctx context.Context, q SourceQuery, handles []string) ([]adapters.Snapshot, error) {
 	c, name := q.Class, q.Name
+	if c.Backup != nil {
+		return nil, fault.Errorf(fault.Unsupported, "the class wants backups, and this agent makes none")
+	}
 	request := cut.Request{Name: name, MaxFreeze: c.Cut.MaxFreeze, AllowCrashConsistent: c.Cut.AllowCrash, AllowSeparateInstants: c.Cut.AllowSeparate}
 	ids := make([]adapters.SnapshotID, len(handles))
 	for i, handle := range handles {

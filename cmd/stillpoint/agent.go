@@ -138,10 +138,11 @@ func (a *app) serve(ctx context.Context, f agentFlags) error {
 
 // cluster is the API of the cluster that the flags name.
 func (f agentFlags) cluster() (*kube.API, error) {
-	config, err := rest.InClusterConfig()
+	read := rest.InClusterConfig
 	if f.kubernetes != inCluster {
-		config, err = clientcmd.BuildConfigFromFlags("", f.kubernetes)
+		read = func() (*rest.Config, error) { return clientcmd.BuildConfigFromFlags("", f.kubernetes) }
 	}
+	config, err := read()
 	if err != nil {
 		return nil, fault.Errorf(fault.Invalid, "--kubernetes %s: %w", f.kubernetes, err)
 	}

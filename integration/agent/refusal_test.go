@@ -7,7 +7,6 @@ import (
 	"strings"
 	"testing"
 
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
@@ -57,12 +56,9 @@ parameters: {%s}
 				t.Errorf("it says %q, not %q", said, c.says)
 			}
 			p.must(p.Admin.Snapshots.SnapshotV1().VolumeSnapshots(p.namespace).Delete(p.ctx, name, metav1.DeleteOptions{}))
-			p.until("it can be deleted", func() error {
+			p.gone("the snapshot", func() error {
 				_, err := p.Admin.Snapshots.SnapshotV1().VolumeSnapshots(p.namespace).Get(p.ctx, name, metav1.GetOptions{})
-				if apierrors.IsNotFound(err) {
-					return nil
-				}
-				return errors.Join(errors.New("it is there"), err)
+				return err
 			})
 		})
 	}
@@ -126,12 +122,6 @@ spec: {volumeSnapshotClassName: plain, source: {volumeSnapshotContentName: by-ha
 	})
 	p.must(p.Admin.Snapshots.SnapshotV1().VolumeSnapshots(p.namespace).Delete(p.ctx, "by-hand", metav1.DeleteOptions{}))
 	p.must(contents.Delete(p.ctx, "by-hand", metav1.DeleteOptions{}))
-	p.until("the content is gone", func() error {
-		_, err := contents.Get(p.ctx, "by-hand", metav1.GetOptions{})
-		if apierrors.IsNotFound(err) {
-			return nil
-		}
-		return errors.Join(errors.New("it is there"), err)
-	})
+	p.gone("the content", func() error { _, err := contents.Get(p.ctx, "by-hand", metav1.GetOptions{}); return err })
 	p.must(p.node.Inside(func() error { return exec.CommandContext(p.ctx, "test", "-s", stranger).Run() }))
 }

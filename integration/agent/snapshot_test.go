@@ -8,7 +8,6 @@ import (
 	"strings"
 	"testing"
 
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
@@ -50,12 +49,9 @@ func TestSnapshotOfAForeignVolume(t *testing.T) {
 	p.must(p.Admin.Core.CoreV1().PersistentVolumeClaims(p.namespace).Delete(p.ctx, "restored", metav1.DeleteOptions{}))
 
 	p.must(p.Admin.Snapshots.SnapshotV1().VolumeSnapshots(p.namespace).Delete(p.ctx, "first", metav1.DeleteOptions{}))
-	p.until("the content is gone", func() error {
+	p.gone("the content", func() error {
 		_, err := p.Admin.Snapshots.SnapshotV1().VolumeSnapshotContents().Get(p.ctx, content.Name, metav1.GetOptions{})
-		if !apierrors.IsNotFound(err) {
-			return errors.Join(errors.New("it is there"), err)
-		}
-		return nil
+		return err
 	})
 	p.until("nothing of them is left in the pool", func() error {
 		return p.node.Inside(func() error {

@@ -15,8 +15,8 @@ import (
 	"time"
 
 	snapshotv1 "github.com/kubernetes-csi/external-snapshotter/client/v8/apis/volumesnapshot/v1"
-	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"stillpoint.io/stillpoint/agent/kube"
@@ -118,7 +118,7 @@ func (w *world) start(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := until(ctx, "the agent serves", func() error { _, err := os.Stat(socket); return err }); err != nil {
+	if err := kubernetes.Await(ctx, "waiting until the agent serves", func(context.Context) error { _, err := os.Stat(socket); return err }, w.agent); err != nil {
 		return err
 	}
 	if err := w.node.Register(ctx, class.Driver, socket, w.agent); err != nil {
@@ -130,15 +130,14 @@ func (w *world) start(ctx context.Context) error {
 
 // mountPool makes an XFS in a file and mounts it where this thread is.
 func mountPool(ctx context.Context, file, at string) error {
-	if err := errors.Join(os.MkdirAll(at, 0o755), lab.Sparse(file, 4<<30), lab.Mkfs(ctx, "xfs", file)); err != nil {
+	if err := errors.Join(lab.Sparse(file, 4<<30), lab.Mkfs(ctx, "xfs", file)); err != nil {
 		return err
 	}
-	device, f, err := lab.Loop(file)
-	if err != nil {
+	fs := lab.Filesystem{File: file, Mount: at, Type: "xfs"}
+	if err := fs.Up(); err != nil {
 		return err
 	}
-	defer f.Close() // the mount keeps it from here on
-	return errors.Join(unix.Mount(device, at, "xfs", 0, ""), os.Mkdir(at+"/made", 0o700))
+	return os.Mkdir(at+"/made", 0o700)
 }
 
 // objects are what every test has.
@@ -190,23 +189,21 @@ func (p place) must(err error) {
 }
 
 // until waits until done returns nil.
-func until(ctx context.Context, what string, done func() error) error {
-	for {
-		err := done()
-		if err == nil {
-			return nil
-		}
-		select {
-		case <-time.After(50 * time.Millisecond):
-		case <-ctx.Done():
-			return fmt.Errorf("waiting until %s: %w: %w", what, ctx.Err(), err)
-		}
-	}
-}
-
 func (p place) until(what string, done func() error) {
 	p.t.Helper()
-	p.must(until(p.ctx, what, done))
+	p.must(kubernetes.Await(p.ctx, "waiting until "+what, func(context.Context) error { return done() }, p.agent, p.Server))
+}
+
+// gone waits until the API server has an object no more.
+func (p place) gone(what string, get func() error) {
+	p.t.Helper()
+	p.until(what+" is gone", func() error {
+		err := get()
+		if apierrors.IsNotFound(err) {
+			return nil
+		}
+		return errors.Join(errors.New("it is there"), err)
+	})
 }
 
 // apply makes objects, in the namespace if they are of one.

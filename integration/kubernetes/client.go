@@ -104,7 +104,7 @@ func (c *Cluster) ServiceAccount(ctx context.Context, namespace, name string, ru
 func (c *Cluster) effective(ctx context.Context, client *Client, rule rbacv1.PolicyRule) error {
 	ask := &authorizationv1.SelfSubjectAccessReview{Spec: authorizationv1.SelfSubjectAccessReviewSpec{ResourceAttributes: &authorizationv1.ResourceAttributes{
 		Group: rule.APIGroups[0], Resource: rule.Resources[0], Verb: rule.Verbs[0]}}}
-	return await(ctx, "waiting for the rights of a service account", func(ctx context.Context) error {
+	return Await(ctx, "waiting for the rights of a service account", func(ctx context.Context) error {
 		answer, err := client.Core.AuthorizationV1().SelfSubjectAccessReviews().Create(ctx, ask, metav1.CreateOptions{})
 		if err == nil && !answer.Status.Allowed {
 			err = errors.New("it has none")

@@ -80,7 +80,7 @@ spec: {volumeSnapshotClassName: example, source: {persistentVolumeClaimName: oth
 	}
 	snapshots := c.Admin.Snapshots.SnapshotV1().VolumeSnapshots("default")
 	var first *snapshotv1.VolumeSnapshot
-	err = await(ctx, "waiting for the snapshot", func(ctx context.Context) (err error) {
+	err = Await(ctx, "waiting for the snapshot", func(ctx context.Context) (err error) {
 		first, err = snapshots.Get(ctx, "first", metav1.GetOptions{})
 		if err == nil && (first.Status == nil || first.Status.ReadyToUse == nil || !*first.Status.ReadyToUse) {
 			err = errors.New("not ready")
@@ -105,7 +105,7 @@ spec: {volumeSnapshotClassName: example, source: {persistentVolumeClaimName: oth
 	if err := snapshots.Delete(ctx, "first", metav1.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	err = await(ctx, "waiting for the content to be gone", func(ctx context.Context) error {
+	err = Await(ctx, "waiting for the content to be gone", func(ctx context.Context) error {
 		_, err := c.Admin.Snapshots.SnapshotV1().VolumeSnapshotContents().Get(ctx, content.Name, metav1.GetOptions{})
 		if apierrors.IsNotFound(err) {
 			return nil
@@ -157,7 +157,7 @@ spec:
 	}
 	pods := c.Admin.Core.CoreV1().Pods("default")
 	var pod *corev1.Pod
-	err = await(ctx, "waiting for the pod", func(ctx context.Context) (err error) {
+	err = Await(ctx, "waiting for the pod", func(ctx context.Context) (err error) {
 		if pod, err = pods.Get(ctx, "user", metav1.GetOptions{}); err == nil && pod.Status.Phase != corev1.PodRunning {
 			err = errors.New(string(pod.Status.Phase))
 		}
@@ -191,7 +191,7 @@ spec:
 	if err := pods.Delete(ctx, "user", metav1.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	err = await(ctx, "waiting for the volume to be unmounted", func(context.Context) error {
+	err = Await(ctx, "waiting for the volume to be unmounted", func(context.Context) error {
 		if _, err := os.Stat(mount); !errors.Is(err, os.ErrNotExist) {
 			return errors.Join(errors.New("it is there"), err)
 		}

@@ -79,7 +79,7 @@ func (c *Cluster) controlPlane(ctx context.Context) error {
 
 // Answers waits until the API server is ready: after a start, or after it was paused or killed.
 func (c *Cluster) Answers(ctx context.Context) error {
-	return await(ctx, "waiting for the API server", func(ctx context.Context) error {
+	return Await(ctx, "waiting for the API server", func(ctx context.Context) error {
 		return c.Admin.Core.Discovery().RESTClient().Get().AbsPath("/readyz").Do(ctx).Error()
 	}, c.Store, c.Server)
 }
@@ -103,7 +103,7 @@ func (c *Cluster) customResources(ctx context.Context) error {
 	if err := c.Admin.Apply(ctx, bytes.Join(all, []byte("\n---\n"))); err != nil {
 		return err
 	}
-	return await(ctx, "waiting for the custom resources", func(ctx context.Context) error {
+	return Await(ctx, "waiting for the custom resources", func(ctx context.Context) error {
 		list, err := c.Admin.Dynamic.Resource(definitions).List(ctx, metav1.ListOptions{})
 		if err != nil {
 			return err

@@ -75,7 +75,7 @@ const socketName = "csi.sock"
 // MountPoint waits until a pod's volume is mounted on the node, and returns where the kubelet has it.
 func (n *Node) MountPoint(ctx context.Context, pod *corev1.Pod, volume string) (string, error) {
 	path := filepath.Join(n.Root, "pods", string(pod.UID), "volumes", "kubernetes.io~csi", volume, "mount")
-	return path, await(ctx, "waiting for "+path, func(context.Context) error {
+	return path, Await(ctx, "waiting for "+path, func(context.Context) error {
 		return n.Inside(func() error {
 			mounts, err := os.ReadFile("/proc/thread-self/mountinfo")
 			if err == nil && !strings.Contains(string(mounts), " "+path+" ") {

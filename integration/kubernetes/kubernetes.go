@@ -175,8 +175,8 @@ func (c *Cluster) start(in *place, name string, again bool, env []string, comman
 // Program is the path of a program of integration/tools, by the last element of its package.
 func (c *Cluster) Program(name string) string { return filepath.Join(c.programs, name) }
 
-// await asks until the answer is no error. It ends early when one of the processes that are needed for it has ended.
-func await(ctx context.Context, what string, ready func(context.Context) error, needed ...*Process) error {
+// Await asks until the answer is no error. It ends early when one of the processes that are needed for it has ended.
+func Await(ctx context.Context, what string, ready func(context.Context) error, needed ...*Process) error {
 	for {
 		err := ready(ctx)
 		if err == nil {

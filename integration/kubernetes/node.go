@@ -130,7 +130,7 @@ func (n *Node) up(dir string) error {
 
 // Ready waits until the node says that it is ready for pods.
 func (n *Node) Ready(ctx context.Context) error {
-	return await(ctx, "waiting for "+n.Name, func(ctx context.Context) error {
+	return Await(ctx, "waiting for "+n.Name, func(ctx context.Context) error {
 		node, err := n.cluster.Admin.Core.CoreV1().Nodes().Get(ctx, n.Name, metav1.GetOptions{})
 		if err != nil {
 			return err

@@ -35,7 +35,7 @@ func (n *Node) Register(ctx context.Context, driver, socket string, process ...*
 	n.cluster.mu.Lock()
 	n.cluster.closers = append(n.cluster.closers, r)
 	n.cluster.mu.Unlock()
-	return await(ctx, "waiting for the kubelet to know "+driver, func(ctx context.Context) error {
+	return Await(ctx, "waiting for the kubelet to know "+driver, func(ctx context.Context) error {
 		known, err := n.cluster.Admin.Core.StorageV1().CSINodes().Get(ctx, n.Name, metav1.GetOptions{})
 		if err != nil {
 			return err

@@ -83,7 +83,7 @@ func (s *Sidecars) Ready(ctx context.Context) error {
 	if s.Metadata == nil {
 		return nil
 	}
-	return await(ctx, "waiting for csi-snapshot-metadata", func(ctx context.Context) error {
+	return Await(ctx, "waiting for csi-snapshot-metadata", func(ctx context.Context) error {
 		conn, err := s.cluster.Dial(ctx, "tcp", s.MetadataAddress)
 		if err == nil {
 			err = conn.Close()
